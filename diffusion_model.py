@@ -1,0 +1,597 @@
+"""The text-conditioned U-Net of latent diffusion, and the noise schedule it is trained to reverse.
+
+Papers: DDPM (Ho et al. 2020, arXiv:2006.11239), latent diffusion (Rombach et al. 2022, arXiv:2112.10752), min-SNR
+(Hang et al. 2023, arXiv:2303.09556), v-prediction (Salimans & Ho 2022, arXiv:2202.00512), zero-terminal SNR
+(Lin et al. 2024, arXiv:2305.08891).
+
+The file reads from leaf to root: the schedule (the maths, no network), then embedding, blocks, transformer, U-Net.
+Parameter names and layouts are those of diffusers' `UNet2DConditionModel`, so weights travel both ways unchanged.
+
+Letters in the shape comments:
+    N  pictures in the batch        C  channels of a feature map     h, w  height and width of a feature map
+    L  text tokens (77 for CLIP)    D  width of the text encoding    T     number of diffusion timesteps (1000)
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The noise schedule
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class NoiseSchedule:
+    """How much noise each timestep carries, and every conversion between x_0, noise, v and x_t.
+
+    With ᾱ_t = ∏(1 - β_s), a picture at timestep t is x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM, Equation 4).
+    The defaults are Stable Diffusion's. Tensors are (N, ...), timesteps `t` are integer tensors (N,) in [0, T).
+    """
+
+    num_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    schedule: str = (
+        "scaled_linear"  # "linear" (DDPM), "scaled_linear" (LDM: linear in √β), "squaredcos_cap_v2" (cosine)
+    )
+    prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon" or "v_prediction"
+    zero_terminal_snr: bool = False  # make x_{T-1} pure noise (Lin et al. 2024); needs v-prediction
+
+    betas: Tensor = field(init=False, repr=False, compare=False)  # (T,)
+    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)  # (T,), ᾱ_t
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', not {self.prediction_type!r}.")
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError("zero_terminal_snr needs prediction_type='v_prediction': ε says nothing about pure noise.")
+        self.betas = self._make_betas()
+        if self.zero_terminal_snr:
+            self.betas = _rescale_to_zero_terminal_snr(self.betas)
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+
+    def _make_betas(self) -> Tensor:
+        T, first, last = self.num_timesteps, self.beta_start, self.beta_end
+        if self.schedule == "linear":
+            return torch.linspace(first, last, T, dtype=torch.float32)
+        if self.schedule == "scaled_linear":
+            return torch.linspace(first**0.5, last**0.5, T, dtype=torch.float32) ** 2
+        if self.schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, Equation 17; β capped at 0.999
+
+            def alpha_bar(s: float) -> float:
+                return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+
+            betas = [min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)]
+            return torch.tensor(betas, dtype=torch.float32)
+        raise ValueError(f"schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', not {self.schedule!r}.")
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        """Moves the tables to `device`, so that training steps index them without waiting for a copy."""
+        self.betas, self.alphas_cumprod = self.betas.to(device), self.alphas_cumprod.to(device)
+        return self
+
+    def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1-ᾱ_t), shaped (N, 1, ..., 1) to multiply a tensor like `like`."""
+        alpha_bar = self.alphas_cumprod.to(like.device)[t.to(like.device)]
+        alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
+        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t from x_0 and ε (DDPM, Equation 4)."""
+        signal, sigma = self._signal_and_noise(t, x0)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the U-Net should say at x_t: ε, or v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022, Section 4)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, sigma = self._signal_and_noise(t, x0)
+        return signal * noise - sigma * x0
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean picture that a prediction at x_t implies (DDPM, Equation 15; v: Salimans & Ho, Appendix D)."""
+        signal, sigma = self._signal_and_noise(t, x_t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * prediction) / signal
+        return signal * x_t - sigma * prediction
+
+    def to_epsilon(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction at x_t implies."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        signal, sigma = self._signal_and_noise(t, x_t)
+        return signal * prediction + sigma * x_t
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), (N,); 0 at the last step of a zero-terminal-SNR schedule."""
+        alpha_bar = self.alphas_cumprod.to(t.device)[t]
+        return alpha_bar / (1 - alpha_bar)
+
+    def loss_weight(self, t: Tensor, gamma: float | None) -> Tensor:
+        """Weight of each picture's squared error, (N,): min-SNR-γ (Hang et al. 2023, Section 3.4); None weighs all 1.
+
+        In x_0-space the weight is min(SNR, γ). An ε-error is an x_0-error times √SNR, a v-error one times √(SNR+1),
+        so the weight is divided by that, which also keeps it finite at zero SNR for v-prediction.
+        """
+        if gamma is None:
+            return torch.ones(t.shape, device=t.device)
+        snr = self.snr(t)
+        return snr.clamp(max=gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
+
+    @classmethod
+    def from_diffusers(cls, config: dict) -> "NoiseSchedule":
+        """The schedule in a `scheduler_config.json`; options of single samplers are left to the samplers."""
+        if config.get("trained_betas") is not None:
+            raise ValueError("scheduler_config.json: the option 'trained_betas' is not supported.")
+        return cls(
+            num_timesteps=config.get("num_train_timesteps", 1000),
+            beta_start=config.get("beta_start", 0.0001),  # what diffusers takes where its config is silent
+            beta_end=config.get("beta_end", 0.02),
+            schedule=config.get("beta_schedule", "linear"),
+            prediction_type=config.get("prediction_type", "epsilon"),
+            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
+        )
+
+    def to_diffusers(self) -> dict:
+        """The options that a `scheduler_config.json` holds of this schedule."""
+        return {
+            "num_train_timesteps": self.num_timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "beta_schedule": self.schedule,
+            "prediction_type": self.prediction_type,
+            "rescale_betas_zero_snr": self.zero_terminal_snr,
+        }
+
+
+def _rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shifts and scales √ᾱ so that the last value is 0 and the first stays (Lin et al. 2024, Algorithm 1)."""
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alpha_bar = root**2
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - alphas
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Leaves: time embedding, residual block, resampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TimestepEmbedding(nn.Module):
+    """Timesteps (N,) → sinusoids (N, C) → two linear layers → (N, 4C) (Transformer positions; DDPM, Appendix B)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, out_channels)
+        self.linear_2 = nn.Linear(out_channels, out_channels)
+
+    def sinusoids(self, timesteps: Tensor) -> Tensor:
+        """cos and sin at C/2 geometric frequencies, in float32 whatever the model's type: 999 is not exact in bf16."""
+        half = self.channels // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)  # (N, C/2)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, C)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        t = self.sinusoids(timesteps).to(self.linear_1.weight.dtype)  # (N, C)
+        return self.linear_2(F.silu(self.linear_1(t)))  # (N, 4C)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3×3 convolutions around a skip, told the time in between: (N, C_in, h, w), (N, E) → (N, C_out, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a strided convolution: (N, C, h, w) → (N, C, ⌈h/2⌉, ⌈w/2⌉)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Repeats pixels up to `size` and smooths with a convolution: (N, C, h, w) → (N, C, *size)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        # The size of the skip that comes next, not a factor of 2: odd sizes were rounded up on the way down.
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The spatial transformer: where pixels look at each other, and at the words
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x (N, hw, C) to a context (N, L, D), or to x itself when there is none → (N, hw, C)."""
+
+    def __init__(self, channels: int, context_dim: int | None, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        context_dim = context_dim or channels
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, for the name "to_out.0" of the field
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, n, C) → (N, heads, n, C/heads)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            self._split_heads(self.to_q(x)),
+            self._split_heads(self.to_k(context)),
+            self._split_heads(self.to_v(context)),
+        )
+        out = F.scaled_dot_product_attention(q, k, v)  # softmax(QKᵀ/√d) V, (N, heads, hw, C/heads)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))  # (N, hw, C)
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another (Shazeer 2020, Equation 6): (..., C) → (..., hidden)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU up to four times the width and back: (N, hw, C) → (N, hw, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # Identity stands where others put dropout, and keeps the published names "net.0.proj" and "net.2".
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward, each pre-normed and added: (N, hw, C) → same."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = CrossAttention(channels, None, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, context_dim, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A feature map as a sequence of pixels, through transformer blocks, added back: (N, C, h, w) → (N, C, h, w)."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, linear: bool, groups: int) -> None:
+        super().__init__()
+        self.linear = linear  # SD 2.x projects with a linear layer where SD 1.x has a 1×1 convolution: the same maths
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        h = self.norm(x)  # (N, C, h, w)
+        h = self.proj_in(_to_sequence(h)) if self.linear else _to_sequence(self.proj_in(h))  # (N, hw, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)  # (N, hw, C)
+        h = _to_map(self.proj_out(h), size) if self.linear else self.proj_out(_to_map(h, size))  # (N, C, h, w)
+        return x + h
+
+
+def _to_sequence(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (N, C, h, w) → (N, hw, C)
+
+
+def _to_map(x: Tensor, size: torch.Size) -> Tensor:
+    return x.transpose(1, 2).unflatten(2, size)  # (N, hw, C) → (N, C, h, w)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The U-Net
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Level(nn.Module):
+    """One resolution of the U-Net: residual blocks, each with a transformer behind it where the level attends.
+
+    The U-Net walks through `resnets` and `attentions` itself, since it keeps or consumes a skip at each step.
+    """
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[SpatialTransformer]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+
+    def attention(self, i: int) -> SpatialTransformer | None:
+        return self.attentions[i] if hasattr(self, "attentions") else None
+
+
+@dataclass
+class UNetConfig:
+    """The shape of a U-Net; the defaults are Stable Diffusion 1.x. Tuples have one entry per resolution, finest first."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2  # residual blocks per level going down; one more going up
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # the middle always attends
+    num_attention_heads: int | tuple[int, ...] = 8  # one number for all levels, or one per level
+    context_dim: int = 768  # width of the text encoding
+    transformer_depth: int = 1
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+
+    def __post_init__(self) -> None:
+        self.block_out_channels = tuple(self.block_out_channels)
+        self.attention_levels = tuple(bool(a) for a in self.attention_levels)
+        levels = len(self.block_out_channels)
+        if len(self.attention_levels) != levels:
+            raise ValueError(
+                f"attention_levels has {len(self.attention_levels)} entries for {levels} levels of channels."
+            )
+        if isinstance(self.num_attention_heads, list | tuple):
+            self.num_attention_heads = tuple(self.num_attention_heads)
+        if len(self.heads) != levels:
+            raise ValueError(f"num_attention_heads has {len(self.heads)} entries for {levels} levels of channels.")
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels: {channels} is not divisible by norm_num_groups={self.norm_num_groups}."
+                )
+            if channels % heads:
+                raise ValueError(f"block_out_channels: {channels} channels do not divide into {heads} attention heads.")
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads per level."""
+        n = self.num_attention_heads
+        return n if isinstance(n, tuple) else (n,) * len(self.block_out_channels)
+
+    @classmethod
+    def from_diffusers(cls, config: dict) -> "UNetConfig":
+        """Reads the `config.json` of a `UNet2DConditionModel`; raises ValueError at an option we do not implement."""
+        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in _WITHOUT_EFFECT}
+        default = {
+            "down": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            "up": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        }
+        down = list(config.pop("down_block_types", default["down"]))
+        up = list(config.pop("up_block_types", default["up"]))
+        attends = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+        for kind in down + up:
+            if kind not in attends:
+                raise ValueError(f"unet/config.json: the block type {kind!r} is not supported.")
+        if [attends[k] for k in down] != [attends[k] for k in reversed(up)]:
+            raise ValueError("unet/config.json: up_block_types do not mirror down_block_types, which is not supported.")
+        # diffusers calls the number of heads "attention_head_dim" in these models, an old slip that files keep.
+        heads = config.pop("attention_head_dim", 8)
+        heads = config.pop("num_attention_heads", None) or heads
+        result = cls(
+            in_channels=config.pop("in_channels", 4),
+            out_channels=config.pop("out_channels", 4),
+            block_out_channels=config.pop("block_out_channels", (320, 640, 1280, 1280)),
+            layers_per_block=config.pop("layers_per_block", 2),
+            attention_levels=tuple(attends[k] for k in down),
+            num_attention_heads=heads,
+            context_dim=config.pop("cross_attention_dim", 1280),
+            transformer_depth=config.pop("transformer_layers_per_block", 1),
+            use_linear_projection=config.pop("use_linear_projection", False),
+            norm_num_groups=config.pop("norm_num_groups", 32),
+        )
+        for name, value in config.items():
+            if name not in _FIXED or value != _FIXED[name]:
+                raise ValueError(f"unet/config.json: the option {name}={value!r} is not supported by this U-Net.")
+        return result
+
+    def to_diffusers(self) -> dict:
+        """The `config.json` with which diffusers' `UNet2DConditionModel` builds the same network."""
+        return {
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": list(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in self.attention_levels],
+            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attention_levels)],
+            "attention_head_dim": list(self.heads),
+            "cross_attention_dim": self.context_dim,
+            "transformer_layers_per_block": self.transformer_depth,
+            "use_linear_projection": self.use_linear_projection,
+            "norm_num_groups": self.norm_num_groups,
+            "sample_size": 64,
+        }
+
+
+# Options of a foreign config whose only supported value is the one Stable Diffusion uses.
+_FIXED = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+    "addition_embed_type_num_heads": 64,
+}
+# Options that change nothing here: a size hint, dropout (sampling has none, and fine-tuning uses none), and the float32
+# softmax that `scaled_dot_product_attention` does anyway.
+_WITHOUT_EFFECT = {"sample_size", "dropout", "upcast_attention"}
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in noisy latents from the timestep and the words.
+
+    forward(latents (N, 4, h, w), timesteps (N,), context (N, L, D)) → prediction (N, 4, h, w)
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # True: recompute blocks in the backward pass; memory for time
+        channels, groups, heads = config.block_out_channels, config.norm_num_groups, config.heads
+        time_channels = 4 * channels[0]
+        last = len(channels) - 1
+
+        def resnet(c_in: int, c_out: int) -> ResnetBlock:
+            return ResnetBlock(c_in, c_out, time_channels, groups)
+
+        def transformer(level: int) -> SpatialTransformer:
+            linear, depth = config.use_linear_projection, config.transformer_depth
+            return SpatialTransformer(channels[level], config.context_dim, heads[level], depth, linear, groups)
+
+        self.time_embedding = TimestepEmbedding(channels[0], time_channels)
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        skips = [channels[0]]  # channels of every feature map that the way up will want back
+
+        self.down_blocks = nn.ModuleList()
+        c = channels[0]
+        for i, c_out in enumerate(channels):
+            resnets, attentions = [], []
+            for _ in range(config.layers_per_block):
+                resnets.append(resnet(c, c_out))
+                attentions += [transformer(i)] if config.attention_levels[i] else []
+                c = c_out
+                skips.append(c)
+            level = Level(resnets, attentions)
+            if i < last:
+                level.downsamplers = nn.ModuleList([Downsample(c)])
+                skips.append(c)
+            self.down_blocks.append(level)
+
+        self.mid_block = Level([resnet(c, c), resnet(c, c)], [transformer(last)])
+
+        self.up_blocks = nn.ModuleList()
+        for i, c_out in reversed(list(enumerate(channels))):
+            resnets, attentions = [], []
+            for _ in range(config.layers_per_block + 1):
+                resnets.append(resnet(c + skips.pop(), c_out))
+                attentions += [transformer(i)] if config.attention_levels[i] else []
+                c = c_out
+            level = Level(resnets, attentions)
+            if i > 0:
+                level.upsamplers = nn.ModuleList([Upsample(c)])
+            self.up_blocks.append(level)
+
+        self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Starts every residual branch and the output at zero, so that an untrained U-Net is the identity of its skips."""
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                nn.init.zeros_(module.conv2.weight)  # DDPM's and LDM's rule; without it deep nets start badly scaled
+                nn.init.zeros_(module.conv2.bias)
+            if isinstance(module, SpatialTransformer):
+                nn.init.zeros_(module.proj_out.weight)
+                nn.init.zeros_(module.proj_out.bias)
+        nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0, so the loss starts at 1
+        nn.init.zeros_(self.conv_out.bias)
+
+    def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        if context.shape[-1] != self.config.context_dim:
+            raise ValueError(
+                f"context is {context.shape[-1]} wide, but this U-Net was built for text encodings of width "
+                f"{self.config.context_dim}: use the text encoder that it was trained with."
+            )
+        temb = self.time_embedding(timesteps)  # (N, 4C)
+        x = self.conv_in(latents)  # (N, C, h, w)
+        skips = [x]
+
+        for level in self.down_blocks:
+            for i, resnet in enumerate(level.resnets):
+                x = self._run(resnet, x, temb)
+                if (attention := level.attention(i)) is not None:
+                    x = self._run(attention, x, context)
+                skips.append(x)
+            if hasattr(level, "downsamplers"):
+                x = level.downsamplers[0](x)  # half the size
+                skips.append(x)
+
+        x = self._run(self.mid_block.resnets[0], x, temb)
+        x = self._run(self.mid_block.attention(0), x, context)
+        x = self._run(self.mid_block.resnets[1], x, temb)
+
+        for level in self.up_blocks:
+            for i, resnet in enumerate(level.resnets):
+                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
+                if (attention := level.attention(i)) is not None:
+                    x = self._run(attention, x, context)
+            if hasattr(level, "upsamplers"):
+                x = level.upsamplers[0](x, skips[-1].shape[-2:])  # twice the size
+
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (N, 4, h, w)

@@ -1,0 +1,28 @@
+"""What every test shares: the repository on the path, no network, no W&B, and the real pictures if they are there."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pokemon_folder() -> Path:
+    """The real captioned pictures, which are not part of the repository; tests that need them skip without."""
+    folder = ROOT.parent / "shared" / "pokemon"
+    if not folder.is_dir():
+        pytest.skip("the real pictures are not beside this checkout")
+    return folder
