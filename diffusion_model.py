@@ -352,7 +352,7 @@ class Level(nn.Module):
 
 @dataclass
 class UNetConfig:
-    """The shape of a U-Net; the defaults are Stable Diffusion 1.x. Tuples have one entry per resolution, finest first."""
+    """The shape of a U-Net; the defaults are Stable Diffusion 1.x. Tuples go by resolution, finest first."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -546,7 +546,7 @@ class UNet(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Starts every residual branch and the output at zero, so that an untrained U-Net is the identity of its skips."""
+        """Starts every residual branch and the output at zero: an untrained block passes its input on."""
         for module in self.modules():
             if isinstance(module, ResnetBlock):
                 nn.init.zeros_(module.conv2.weight)  # DDPM's and LDM's rule; without it deep nets start badly scaled

@@ -1,0 +1,370 @@
+"""The KL-f8 autoencoder of latent diffusion: pictures to latents an eighth of their size, and back.
+
+Papers: latent diffusion (Rombach et al. 2022, arXiv:2112.10752, Section 3.1) and VAE (Kingma & Welling 2014,
+arXiv:1312.6114). The file reads from leaf to root: blocks → `Encoder`, `Decoder` → `DiagonalGaussian` → `VAE`.
+Parameter names and layouts are those of diffusers' `AutoencoderKL`, so weights travel both ways unchanged.
+
+Letters in the shape comments:
+    N  pictures in the batch    C  channels    H, W  size of the picture    h, w  size of a feature map (latents: 1/8)
+
+`python vae_model.py stabilityai/sd-vae-ft-mse` (or a folder, or a file) writes `vae_model.pth`.
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrained_files import load_strict, locate, read_checkpoint, read_folder_weights, read_json
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ResnetBlock(nn.Module):
+    """Two 3×3 convolutions around a skip: (N, C_in, h, w) → (N, C_out, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class SelfAttention(nn.Module):
+    """One head over all pixels of the smallest feature map, added to it: (N, C, h, w) → (N, C, h, w)."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, for the name "to_out.0" of the field
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, hw, C)
+        q, k, v = self.to_q(h)[:, None], self.to_k(h)[:, None], self.to_v(h)[:, None]  # (N, 1 head, hw, C)
+        h = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])  # (N, hw, C)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block at the smallest size: (N, C, h, w) → (N, C, h, w)."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([SelfAttention(channels, groups)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """Halves height and width: (N, C, h, w) → (N, C, h/2, w/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded right and below only, as in the published weights
+
+
+class Upsample(nn.Module):
+    """Repeats each pixel 2×2 and smooths with a convolution: (N, C, h, w) → (N, C, 2h, 2w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then its resampling if there is one."""
+
+    def __init__(self, resnets: list[ResnetBlock], down: Downsample | None = None, up: Upsample | None = None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if down is not None:
+            self.downsamplers = nn.ModuleList([down])
+        if up is not None:
+            self.upsamplers = nn.ModuleList([up])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = resample(x)
+        return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder and decoder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VAEConfig:
+    """The shape of an autoencoder; the defaults are Stable Diffusion's. One `block_out_channels` a resolution."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215  # 1/std of the raw latents: what the U-Net sees has unit variance
+
+    def __post_init__(self) -> None:
+        self.block_out_channels = tuple(self.block_out_channels)
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels: {channels} is not divisible by norm_num_groups={self.norm_num_groups}."
+                )
+
+    @property
+    def downsampling(self) -> int:
+        """How many pixels of the picture, across, one latent stands for: 8."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_diffusers(cls, config: dict) -> "VAEConfig":
+        """Reads the `config.json` of an `AutoencoderKL`; raises ValueError at an option we do not implement."""
+        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in _WITHOUT_EFFECT}
+        own = {k: config.pop(k) for k in list(config) if k in cls.__dataclass_fields__}
+        levels = len(own.get("block_out_channels", (64,)))
+        fixed = _FIXED | {
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+        for name, value in config.items():
+            value = list(value) if isinstance(value, tuple) else value
+            if name not in fixed or value != fixed[name]:
+                raise ValueError(f"vae/config.json: the option {name}={value!r} is not supported by this VAE.")
+        # What diffusers takes where its config is silent.
+        return cls(**({"block_out_channels": (64,), "layers_per_block": 1} | own))
+
+    def to_diffusers(self) -> dict:
+        """The `config.json` with which diffusers' `AutoencoderKL` builds the same network."""
+        levels = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            **asdict(self),
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "sample_size": 512,
+        }
+
+
+# Options of a foreign config whose only supported value is the one Stable Diffusion uses.
+_FIXED = {
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+_WITHOUT_EFFECT = {"sample_size", "force_upcast"}  # a size hint, and a wish about float16: we decode in float32 or bf16
+
+
+class Encoder(nn.Module):
+    """Pictures (N, 3, H, W) → means and log-variances before `quant_conv` (N, 2·4, H/8, W/8)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        c = channels[0]
+        for i, c_out in enumerate(channels):
+            resnets = [ResnetBlock(c if j == 0 else c_out, c_out, groups) for j in range(config.layers_per_block)]
+            self.down_blocks.append(Level(resnets, down=Downsample(c_out) if i < len(channels) - 1 else None))
+            c = c_out
+        self.mid_block = MidBlock(c, groups)
+        self.conv_norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)  # (N, C, H, W)
+        for level in self.down_blocks:
+            x = level(x)  # half the size at every level but the last
+        x = self.mid_block(x)  # (N, C, h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (N, 8, h, w)
+
+
+class Decoder(nn.Module):
+    """Latents after `post_quant_conv` (N, 4, h, w) → pictures (N, 3, 8h, 8w)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = nn.ModuleList()
+        c = channels[0]
+        for i, c_out in enumerate(channels):
+            resnets = [ResnetBlock(c if j == 0 else c_out, c_out, groups) for j in range(config.layers_per_block + 1)]
+            self.up_blocks.append(Level(resnets, up=Upsample(c_out) if i < len(channels) - 1 else None))
+            c = c_out
+        self.conv_norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))  # (N, C, h, w)
+        for level in self.up_blocks:
+            x = level(x)  # twice the size at every level but the last
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (N, 3, H, W)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The autoencoder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class DiagonalGaussian:
+    """The posterior q(z|x) of each latent, independent given the picture: mean and log-variance (N, 4, h, w)."""
+
+    def __init__(self, mean: Tensor, logvar: Tensor) -> None:
+        self.mean = mean
+        self.logvar = logvar.clamp(-30.0, 20.0)  # so that exp() stays finite early in training
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
+        """From both stacked along the channels (N, 8, h, w)."""
+        return cls(*moments.chunk(2, dim=1))
+
+    @property
+    def moments(self) -> Tensor:
+        return torch.cat([self.mean, self.logvar], dim=1)  # (N, 8, h, w)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std · ε, drawn on the generator's device (Kingma & Welling 2014, Equation 10)."""
+        device = generator.device if generator is not None else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
+
+    def mode(self) -> Tensor:
+        """The most likely latents: the mean."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL(q(z|x) ‖ N(0, I)) of each picture, summed over its latents, in nats: (N,) (same paper, Appendix B)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class VAE(nn.Module):
+    """Pictures in [-1, 1] to raw latents and back; the scaling factor is applied by `StableDiffusion`, not here."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """(N, 3, H, W) in [-1, 1], H and W divisible by 8 → the posterior over latents (N, 4, H/8, W/8)."""
+        f = self.config.downsampling
+        if images.shape[-2] % f or images.shape[-1] % f:
+            raise ValueError(
+                f"pictures of {images.shape[-1]}×{images.shape[-2]}: width and height must be divisible by {f}."
+            )
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents (N, 4, h, w) → pictures (N, 3, 8h, 8w) in about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def decode_tiled(self, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
+        """`decode` for large pictures, tile by tile, so that memory does not grow with the picture.
+
+        Tiles of `tile`×`tile` latents overlap by `overlap` and are cross-faded there with linear ramps. Attention and
+        group norms see one tile at a time, so the result is close to `decode`, not equal.
+        """
+        n, _, h, w = latents.shape
+        f, ramp = self.config.downsampling, overlap * self.config.downsampling
+        total = latents.new_zeros(n, self.config.out_channels, h * f, w * f)
+        weight = latents.new_zeros(1, 1, h * f, w * f)
+        for top in _tile_starts(h, tile, overlap):
+            for left in _tile_starts(w, tile, overlap):
+                pixels = self.decode(latents[:, :, top : top + tile, left : left + tile])
+                fade = _fade(pixels.shape[-2], ramp, pixels)[:, None] * _fade(pixels.shape[-1], ramp, pixels)[None, :]
+                window = (..., slice(top * f, top * f + len(fade)), slice(left * f, left * f + fade.shape[1]))
+                total[window] += pixels * fade
+                weight[window] += fade
+        return total / weight
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes config and weights (float16: half the file, far below the error of an autoencoder) to a `.pth`."""
+        weights = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in self.state_dict().items()}
+        temporary = Path(f"{path}.tmp")
+        torch.save({"config": asdict(self.config), "state_dict": weights}, temporary)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path_or_hub_id: str | os.PathLike) -> "VAE":
+        """Reads `vae_model.pth`, a diffusers folder (or a pipeline's, with `vae/` in it), a single file, or a hub id.
+
+        The VAE comes in float32, on the CPU, in eval mode. A wrong or damaged file raises a one-sentence ValueError,
+        a missing one FileNotFoundError.
+        """
+        path = locate(path_or_hub_id, "the VAE")
+        if path.is_dir():
+            folder = path / "vae" if (path / "vae").is_dir() else path
+            config = VAEConfig.from_diffusers(read_json(folder / "config.json"))
+            tensors = read_folder_weights(folder, "diffusion_pytorch_model")
+        else:
+            tensors, rest = read_checkpoint(path)
+            if isinstance(rest.get("config"), dict):
+                config = VAEConfig(**rest["config"])
+            else:
+                from ldm_checkpoint import read_ldm_vae  # the original layout is a room of its own, seldom entered
+
+                config, tensors = read_ldm_vae(path)
+        vae = cls(config)
+        load_strict(vae, tensors, path)
+        return vae.eval()
+
+
+def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin so that neighbours overlap and the last one ends at the edge."""
+    return [*range(0, max(length - tile, 0), tile - overlap), max(length - tile, 0)]
+
+
+def _fade(length: int, ramp: int, like: Tensor) -> Tensor:
+    """Weights that rise over `ramp` pixels from the edge: (length,). Never 0, so that lone edges keep their tile."""
+    distance = torch.arange(1, length + 1, device=like.device, dtype=like.dtype)
+    return torch.minimum(distance, distance.flip(0)).clamp(max=ramp) / ramp
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python vae_model.py FOLDER|FILE|HUB_ID [vae_model.pth]")
+    target = sys.argv[2] if len(sys.argv) == 3 else "vae_model.pth"
+    try:
+        VAE.load(sys.argv[1]).save(target)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(f"wrote {target}")
