@@ -1,10 +1,10 @@
 """How weight files are found and read, without trusting them.
 
-A published model is a folder (here or on the Hugging Face hub) of JSON files and weight files. Weight files come in two
-formats: `safetensors` (a JSON header, then raw numbers: nothing to execute) and Python pickles (`.bin`, `.ckpt`, `.pth`,
-`.pt`: a small program that builds objects, read here with PyTorch's `weights_only` unpickler, which builds tensors and
-plain containers and refuses the rest). Whatever is wrong with a file, the answer is one sentence, and no module is
-touched before every name and shape has been checked.
+A published model is a folder (here or on the Hugging Face hub) of JSON files and weight files. Weight files come in
+two formats: `safetensors` (a JSON header, then raw numbers: nothing to execute) and Python pickles (`.bin`, `.ckpt`,
+`.pth`, `.pt`: a small program that builds objects, read here with PyTorch's `weights_only` unpickler, which builds
+tensors and plain containers and refuses the rest). Whatever is wrong with a file, the answer is one sentence, and no
+module is touched before every name and shape has been checked.
 """
 
 import json
@@ -96,7 +96,7 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().rpartition("WeightsUnpickler error: ")[2]  # after PyTorch's essay on `weights_only`
+    text = str(error).strip().rpartition("WeightsUnpickler error:")[2].strip()  # after PyTorch's essay
     return f"{type(error).__name__}: {text.splitlines()[0][:200].rstrip(' .')}" if text else type(error).__name__
 
 
@@ -168,7 +168,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         return _read_pickle(path, is_zip=start.startswith(b"PK"))
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`.")
-    raise ValueError(f"{path} ({size} bytes) is neither a safetensors file nor a PyTorch checkpoint; download it again.")
+    raise ValueError(f"{path} ({size} bytes) is no safetensors file and no PyTorch checkpoint; download it again.")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -240,7 +240,7 @@ def read_folder_weights(folder: str | Path, stem: str) -> dict[str, Tensor]:
     if numbered := re.search(r"-of-(\d{5})", chosen[0]):
         count = int(numbered[1])
         if len(chosen) != count:
-            raise FileNotFoundError(f"{folder} holds {len(chosen)} of the {count} shards of its weights; download the rest.")
+            raise FileNotFoundError(f"{folder} holds {len(chosen)} of {count} shards of weights; download the rest.")
     tensors: dict[str, Tensor] = {}
     for name in chosen:
         tensors |= read_weights(folder / name)
@@ -276,7 +276,7 @@ def load_strict(
     fitting: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in tensors.items():
-        if name.startswith(ignore) or name.rpartition(".")[2] in NOT_WEIGHTS and name not in expected:
+        if name.startswith(ignore) or (name.rpartition(".")[2] in NOT_WEIGHTS and name not in expected):
             continue
         known = next((n for n in _names_over_the_years(name) if n in expected), None)
         if known is None:
