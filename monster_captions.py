@@ -6,6 +6,7 @@ orders. As people do, they leave some attributes unsaid; they never say one that
 
 import random
 import re
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 NOUNS = ("pokemon", "pokemon", "pokemon", "monster", "creature")
@@ -67,7 +68,7 @@ def write(m) -> str:
     """One caption for a `monsters.Monster`; which words it uses is decided by the monster's index alone."""
     rng = random.Random(f"caption {m.index}")
 
-    def pick(options):
+    def pick(options: Sequence[str]) -> str:
         return options[int(rng.random() * len(options))]
 
     def chance(probability: float) -> bool:
@@ -135,11 +136,9 @@ def listed(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def words() -> set[str]:
-    """Every word that `write` can use."""
-    import monsters  # only for the names of colours and elements
-
-    single = chain(NOUNS, OPENINGS, monsters.COLOURS, monsters.ELEMENTS, SIGN_PLACE.values(), ("a", "an", "and", "type", "with"))
+def words(colours: Iterable[str], elements: Iterable[str]) -> set[str]:
+    """Every word that `write` can use, given the names of colours and elements."""
+    single = chain(NOUNS, OPENINGS, colours, elements, SIGN_PLACE.values(), ("a", "an", "and", "type", "with"))
     tables = chain.from_iterable(chain.from_iterable(t.values()) for t in (BODY, WINGS, TAIL, CREST, PATTERN, BELLY, SIGN))
     moods = chain.from_iterable(chain(*pair) for pair in MOOD.values())
     return set(re.findall(r"[a-z-]+", " ".join(chain(single, tables, moods))))

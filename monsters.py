@@ -151,7 +151,7 @@ def roll(index: int) -> Monster:
         wings=wing, tail=tail, crest=crest, mood=mood,
         bead_eyes=rng.random() < 0.35, cheeks=rng.random() < 0.5,
         base=hsv(hue, saturation, value), iris=hsv(iris_hue, 0.75, 0.80),
-        facing=pick((1, -1)), size=between(0.74, 0.92), x=between(-1, 1), y=between(-1, 1), lean=between(-0.10, 0.10),
+        facing=pick((1, -1)), size=between(0.80, 0.95), x=between(-1, 1), y=between(-1, 1), lean=between(-0.10, 0.10),
         turn=between(0.45, 0.85) if from_the_side else between(0.0, 0.5),
         plump=between(0.88, 1.14), head_size=between(0.92, 1.12), eye_size=between(0.88, 1.2), limb=between(0.85, 1.2),
         arm=between(-1, 1), wing_size=between(0.85, 1.15), wing_lift=between(-0.25, 0.3),
@@ -181,7 +181,7 @@ def is_dark(colour: RGB) -> bool:
 
 def darker(colour: RGB) -> RGB:
     """The same colour for things far from the light: far limbs, spots."""
-    return mix(colour, WHITE, 0.22) if is_dark(colour) else mix(colour, (50, 20, 60), 0.24)
+    return mix(colour, WHITE, 0.22) if is_dark(colour) else mix(colour, outline_of(colour), 0.27)
 
 
 def outline_of(colour: RGB) -> RGB:
@@ -192,14 +192,14 @@ def outline_of(colour: RGB) -> RGB:
 @lru_cache(maxsize=256)
 def light_tables(colour: RGB) -> tuple[list[int], ...]:
     """Three 256-entry tables, light (0 = turned away, 128 = flat, 255 = towards the upper left) -> red, green, blue."""
-    shadow = tuple(round(c * k) for c, k in zip(colour, (0.80, 0.71, 0.82), strict=True))  # leans to purple, as shade does
+    shadow = tuple(round(c * k) for c, k in zip(colour, (0.80, 0.73, 0.83), strict=True))  # leans to purple, as shade does
     bright = mix(colour, (255, 255, 240), 0.62 if not is_dark(colour) else 0.40)
     tables = []
     for low, mid, high in zip(shadow, colour, bright, strict=True):
         table = []
         for light in range(256):
-            shade = smoothstep((124 - light) / 26)  # a soft edge: half cel, half airbrush
-            gleam = smoothstep((light - 150) / 95)
+            shade = 0.75 * smoothstep((114 - light) / 22) + 0.25 * smoothstep((128 - light) / 100)  # half cel, half airbrush
+            gleam = 0.55 * smoothstep((light - 176) / 30) + 0.45 * smoothstep((light - 140) / 100)
             table.append(round(mid + (low - mid) * shade + (high - mid) * gleam))
         tables.append(table)
     return tuple(tables)
@@ -361,7 +361,7 @@ def arms(m: Monster, x: float, y: float, length: float, width: float) -> list[Pa
     lift = m.arm
     result = []
     for mirror, up in ((True, lift), (False, lift * 0.6 - 0.25)):
-        arm = tube([(0, 0), (length * 0.55, 0.10 - up * 0.10), (length, 0.12 - up * 0.26)], (width, width * 0.85, width * 1.05))
+        arm = tube([(0, 0), (length * 0.55, 0.10 - up * 0.10), (length, 0.12 - up * 0.26)], (width, width * 0.82, width * 1.22))
         result.append(Part("arm", [place(arm, -x if mirror else x, y, mirror=mirror)], m.base))
     return result
 
@@ -411,7 +411,7 @@ def four_legged(m: Monster) -> Anatomy:
     near = [*leg_at(-0.34, h - 0.08), *leg_at(0.14, h - 0.06)]
     decals = markings(m, -0.10, 0.04, 0.36, 0.24, True, (0.36, -0.2, 0.2, 0.2)) + belly_on(m, 0.18, h * 0.55, 0.16, 0.20, 0.35)
     back = -0.06
-    wings = [(back + 0.08, -0.06, True, 0.50), (back - 0.02, -0.04, True, 0.60)]
+    wings = [(back + 0.08, -0.06, True, 0.58), (back - 0.02, -0.04, True, 0.68)]
     return Anatomy([far], [Part("body", [*near, trunk], m.base, decals)],
                    (0.36, -0.24, 0.30 * m.head_size, 0.27 * m.head_size), wings, (-0.40, 0.0))  # fmt: skip
 
@@ -422,7 +422,7 @@ def serpent(m: Monster) -> Anatomy:
     low = ellipse(0, 0.38, 0.43 * w, 0.145)
     high = ellipse(0.02, 0.20, 0.33 * w, 0.135)
     sway = 0.10 * m.arm
-    neck_line = [(-0.06, 0.22), (-0.17 - sway, 0.04), (-0.04, -0.14), (0.10, -0.30)]
+    neck_line = [(0.03, 0.16), (-0.10 - sway, 0.06), (-0.04, -0.14), (0.10, -0.30)]
     neck = tube(neck_line, (0.17, 0.155, 0.14, 0.13))
     front = tube([(x + 0.07, y + 0.03) for x, y in neck_line], (0.09, 0.085, 0.08, 0.08))
     neck_decals = markings(m, -0.10, 0.05, 0.20, 0.30, False, (0.1, -0.35, 0.16, 0.16))
@@ -432,10 +432,11 @@ def serpent(m: Monster) -> Anatomy:
         if m.belly == "striped":
             rungs = [tube([(x + 0.0, y + 0.02), (x + 0.08, y + 0.055), (x + 0.15, y + 0.03)], (0.008, 0.012, 0.008)) for x, y in spline(neck_line, False, 3)[1:]]
             neck_decals.append((rungs, mix(pale, m.base, 0.85)))
-    coils = [Part("body", [low], m.base, markings(m, 0, 0.38, 0.43 * w, 0.145, True, (9, 9, 0.1, 0.1))),
-             Part("body", [high], m.base, markings(m, 0.02, 0.2, 0.33 * w, 0.135, True, (-0.06, 0.12, 0.1, 0.08)))]  # fmt: skip
+    low_part = Part("body", [low], m.base, markings(m, 0, 0.38, 0.43 * w, 0.145, True, (9, 9, 0.1, 0.1)))
+    high_part = Part("body", [high], m.base, markings(m, 0.02, 0.2, 0.33 * w, 0.135, True, (9, 9, 0.1, 0.1)))
+    neck_part = Part("body", [neck], m.base, neck_decals)
     wings = [(-0.10, 0.0, False, 0.46), (-0.16, 0.02, True, 0.60)]
-    return Anatomy([Part("body", [tip], m.base)], [*coils, Part("body", [neck], m.base, neck_decals)],
+    return Anatomy([Part("body", [tip], m.base)], [low_part, neck_part, high_part],
                    (0.14, -0.36, 0.30 * m.head_size, 0.245 * m.head_size), wings, (0.5, 0.4))  # fmt: skip
 
 
@@ -478,12 +479,13 @@ def insect(m: Monster) -> Anatomy:
     thorax = ellipse(0.02, 0.10, 0.21, 0.19 * w)
 
     def leg(x: float, reach: float, far: bool) -> Part:
-        ground = 0.46 + 0.06 * m.limb - (0.04 if far else 0)
-        line = [(x, 0.16), (x + reach * 0.8, 0.20), (x + reach, 0.34), (x + reach * 1.15 + 0.03, ground)]
-        return Part("leg", [tube(line, (0.042, 0.034, 0.030, 0.034))], darker(m.base))
+        ground = 0.47 + 0.06 * m.limb - (0.05 if far else 0)
+        knee, toe = (x + reach * 0.75, 0.21), (x + reach * 1.1, ground)
+        shank = tube([(x, 0.17), knee, ((knee[0] + toe[0]) / 2 + 0.25 * reach, 0.33), toe], (0.040, 0.032, 0.028, 0.026))
+        return Part("leg", [shank, foot(toe[0] + 0.02, ground + 0.005, 0.05, 0.03)], darker(m.base))
 
-    far = [leg(-0.02, -0.16, True), leg(0.06, 0.06, True), leg(0.10, 0.22, True)]
-    near = [leg(-0.10, -0.20, False), leg(0.00, -0.03, False), leg(0.08, 0.14, False)]
+    far = [leg(-0.02, -0.24, True), leg(0.06, 0.03, True), leg(0.10, 0.30, True)]
+    near = [leg(-0.10, -0.24, False), leg(0.00, -0.05, False), leg(0.08, 0.19, False)]
     rings = [([tube([(x, -0.2), (x + 0.035, 0.14), (x - 0.02, 0.45)], (0.016, 0.016))], darker(m.base)) for x in (-0.50, -0.36, -0.22)]
     on_back = markings(m, -0.34, 0.12, 0.32, 0.22 * w, True, (9, 9, 0.1, 0.1)) or rings
     under = belly_on(m, -0.30, 0.30 + droop, 0.27, 0.12, 0.22)
@@ -567,7 +569,7 @@ def tail_of(m: Monster, root: Point) -> tuple[list[Part], Point]:
     x, y = root
     lift = 0.10 * m.arm
     if m.tail == "long":
-        line = [(x + 0.1, y), (x - 0.16, y + 0.10), (x - 0.34, y - 0.02 - lift), (x - 0.36, y - 0.26 - lift), (x - 0.28, y - 0.36 - lift)]
+        line = [(x + 0.1, y), (x - 0.16, y + 0.10), (x - 0.40, y - 0.02 - lift), (x - 0.46, y - 0.24 - lift), (x - 0.40, y - 0.36 - lift)]
         return [Part("tail", [tube(line, (0.10, 0.085, 0.06, 0.045, 0.03))], m.base)], line[-1]
     if m.tail == "curly":
         turns = [(x - 0.24 + 0.15 * (1 - t * 0.75) * math.cos(0.6 + 7.5 * t), y - 0.06 - lift + 0.15 * (1 - t * 0.75) * math.sin(0.6 + 7.5 * t)) for t in (k / 9 for k in range(10))]
@@ -723,7 +725,7 @@ def face_of(m: Monster, head: tuple[float, float, float, float], beak: bool) -> 
             left, right = (outer, inner) if sign == -1 else (inner, outer)
             edge = [(ex + big_w, eye_y + eh * right), (ex - big_w, eye_y + eh * left)]
             lid = [(x, min(y, edge[1][1] + (edge[0][1] - edge[1][1]) * (x - ex + big_w) / (2 * big_w))) for x, y in arc]
-            flat("eyes", [*lid, *edge], m.base)
+            flat("eyes", [*lid, *edge], mix(m.base, outline_of(m.base), 0.10))
             flat("eyes", tube(edge[::-1], (0.011, 0.011)), ink)
 
     mouth_y, half = cy + ry * 0.46, rx * 0.24
@@ -732,6 +734,9 @@ def face_of(m: Monster, head: tuple[float, float, float, float], beak: bool) -> 
         blush = mix(m.base, (255, 106, 120), 0.50)
         for sign in (-1, 1):
             flat("cheeks", ellipse(middle + sign * (spread + unit * 0.26), cy + ry * 0.36, unit * 0.15, unit * 0.095), blush)
+    if m.body in ("two legs", "four legs", "round") and m.crest.endswith("ears"):
+        nose = spline([(mx - rx * 0.09, cy + ry * 0.29), (mx + rx * 0.09, cy + ry * 0.29), (mx, cy + ry * 0.38)])
+        flat("nose", nose, ink)
     if beak:
         bend = {"smiling": -1, "laughing": -1.4, "winking": -1, "grumpy": 1.2, "sad": 1.3}.get(m.mood, 0) * unit * 0.07
         agape = unit * {"laughing": 0.22, "surprised": 0.26}.get(m.mood, 0.0)
@@ -754,7 +759,7 @@ def face_of(m: Monster, head: tuple[float, float, float, float], beak: bool) -> 
         drop = ry * 0.08 if bend < 0 else 0
         flat("mouth", tube([(mx - w, mouth_y + drop - bend * 0.5), (mx - w * 0.5, mouth_y + drop + bend * 0.28), (mx, mouth_y + drop + bend * 0.55), (mx + w * 0.5, mouth_y + drop + bend * 0.28), (mx + w, mouth_y + drop - bend * 0.5)], (0.007, 0.011, 0.012, 0.011, 0.007)), ink)
         if m.mood == "grumpy":
-            flat("mouth", [(mx - w * 0.62, mouth_y + drop - 0.006), (mx - w * 0.28, mouth_y + drop - 0.014), (mx - w * 0.42, mouth_y + drop - ry * 0.16)], WHITE)
+            flat("mouth", [(mx - w * 0.62, mouth_y + drop - 0.006), (mx - w * 0.28, mouth_y + drop - 0.014), (mx - w * 0.44, mouth_y + drop - ry * 0.19)], WHITE)
     return parts
 
 
@@ -772,13 +777,13 @@ def assemble(m: Monster) -> list[Part]:
     tip = (0.0, 0.0)
     if m.tail != "none":
         tail, tip = tail_of(m, anatomy.tail)
-        if m.motif_place == "tail":
-            tail = [*tail, *sign_of(m.element, tip[0], tip[1] + 0.04, 0.30, -0.15)]
         parts += tail
     if m.wings != "none":
         for root in anatomy.wings:
             parts += wing(m, *root)
     parts += anatomy.back
+    if m.motif_place == "tail":
+        parts += sign_of(m.element, tip[0], tip[1] + 0.04, 0.30, -0.15)
     crest = crest_of(m, head)
     if m.motif_place == "head":
         crest += sign_of(m.element, cx - 0.1 * rx * m.turn, cy - ry * 0.90, 0.30)
@@ -791,8 +796,8 @@ def assemble(m: Monster) -> list[Part]:
     if m.motif_place == "around":
         left, top, right, bottom = boxes
         low = bottom - 0.05
-        parts += sign_of(m.element, right + 0.02, (cy + low) / 2, 0.22, 0.25)
-        parts += sign_of(m.element, left - 0.02, top + 0.26, 0.19, -0.25)
+        parts += sign_of(m.element, right + 0.02, (cy + low) / 2, 0.24, 0.25)
+        parts += sign_of(m.element, left - 0.01, top + 0.24, 0.21, -0.25)
 
     def turned(outlines: list[Outline]) -> list[Outline]:
         return [place(outline, 0, 0, 1.0, m.lean, m.facing < 0) for outline in outlines]
@@ -835,7 +840,7 @@ def caption(index: int) -> str:
 
 def words() -> set[str]:
     """Every word that a caption can contain."""
-    return monster_captions.words()
+    return monster_captions.words(COLOURS, ELEMENTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -845,13 +850,18 @@ def words() -> set[str]:
 
 def draw(index: int, size: int = 512) -> Image.Image:
     """Monster `index` on white as an RGB picture of size x size pixels (16..4096)."""
+    return render(roll(index), size)
+
+
+def render(monster: Monster, size: int = 512) -> Image.Image:
+    """Any record as an RGB picture, such as `replace(monster, wings="none")`, which is the same one without its wings."""
     if isinstance(size, bool) or not isinstance(size, int) or not 16 <= size <= 4096:
         raise ValueError(f"A monster's picture is 16 to 4096 pixels wide, not {size!r}: choose a size in between.")
-    oversampling = 2 if size >= 256 else 3
+    oversampling = 3 if size <= 1024 else 2
     canvas = Image.new("RGB", (size * oversampling, size * oversampling), WHITE)
-    for part in assemble(roll(index)):
+    for part in assemble(monster):
         paint(canvas, part)
-    return canvas.resize((size, size), Image.Resampling.BOX)
+    return canvas.reduce(oversampling)
 
 
 def paint(canvas: Image.Image, part: Part) -> None:
@@ -898,8 +908,8 @@ def light_on(mask: Image.Image) -> Image.Image:
     short = min(width, height)
     factor = max(1, short // 36)
     small = mask.reduce(factor)
-    radius = 0.16 * short / factor
-    shift = max(1, round(0.14 * short / factor))
+    radius = 0.125 * short / factor
+    shift = max(1, round(0.10 * short / factor))
     pad = shift + 2
     padded = Image.new("L", (small.width + 2 * pad, small.height + 2 * pad), 0)
     padded.paste(small, (pad, pad))
@@ -908,7 +918,7 @@ def light_on(mask: Image.Image) -> Image.Image:
     def seen_from(dx: int) -> Image.Image:
         return swollen.crop((pad + dx, pad + dx, pad + dx + small.width, pad + dx + small.height))
 
-    relief = ImageChops.subtract(seen_from(shift), seen_from(-shift), scale=1.35, offset=128)
+    relief = ImageChops.subtract(seen_from(shift), seen_from(-shift), scale=1.2, offset=128)
     return relief.resize((small.width * factor, small.height * factor), Image.Resampling.BILINEAR).crop((0, 0, width, height))
 
 
@@ -1028,7 +1038,7 @@ def load_monsters(count: int, size: int = 512, start: int = 0, num_proc: int | N
         raise ValueError(f"The number of monsters is an integer of 1 or more, not {count!r}.")
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise ValueError(f"The first monster's index is an integer of 0 or more, not {start!r}.")
-    draw(start, size if size != 512 else 16)  # a bad size fails here, in this process, with its one sentence
+    draw(start, size)  # a bad size fails here with its one sentence, not in a worker
     shards = [(first, min(first + SHARD, start + count)) for first in range(start, start + count, SHARD)]
     workers = min(num_proc or os.cpu_count() or 1, len(shards))
     return Dataset.from_generator(
