@@ -143,8 +143,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of one weight file by name, on the CPU, in the precision they are stored in.
 
-    The format is told from the content, so a renamed file is read all the same. Tensors may be mapped from the file:
-    copy before writing to them. ValueError, in one sentence, for a damaged, foreign or unsafe file; FileNotFoundError.
+    The format is told from the content, so a renamed file is read all the same (save a pickle called `.safetensors`).
+    Tensors may be mapped from the file: copy before writing to them. Raises ValueError, in one sentence, for a damaged,
+    foreign or unsafe file, and FileNotFoundError.
     """
     return read_checkpoint(path)[0]
 
@@ -165,6 +166,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
             raise ValueError(f"{path} is cut short or damaged; download it again.")
         return _read_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"\x80")):
+        if path.suffix == ".safetensors":  # whoever chose that name wanted no pickle, even one that is read with care
+            raise ValueError(f"{path} is a Python pickle under a false name; pass a real .safetensors file.")
         return _read_pickle(path, is_zip=start.startswith(b"PK"))
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`.")
