@@ -31,12 +31,12 @@ STEMS = ("diffusion_pytorch_model", "model")  # the base names that diffusers an
 UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline, up to 1.2 GB
 
 
-def locate(name: str | Path, what: str) -> Path:
+def locate(name: str | Path, what: str, weights: bool = True) -> Path:
     """Return the local file or folder `name`, or the local copy of the hub model `name`, downloaded if need be.
 
     `what` is how the user gave it (such as "--vae") and opens the error. Of a hub model only the files are fetched that
-    `read_folder_weights` would choose, and the JSON and vocabulary beside them; without a network its cache answers.
-    Raises FileNotFoundError, in one sentence, if there is neither.
+    `read_folder_weights` would choose, and the JSON and vocabulary beside them (these alone unless `weights`); without
+    a network its cache answers. Raises FileNotFoundError, in one sentence, if there is neither.
     """
     text = str(name)
     path = Path(text).expanduser()
@@ -48,7 +48,7 @@ def locate(name: str | Path, what: str) -> Path:
             f"{what} {text!r} does not exist; pass an existing file or folder, or a hub id (OWNER/NAME)."
         )
     try:
-        return _hub_folder(text)
+        return _hub_folder(text, weights)
     except Exception as error:  # the hub has some thirty ways to say no, over three libraries; the user needs one
         raise FileNotFoundError(
             f"{what} {text!r} is not a file or folder here, and the hub did not give it ({_reason(error)}); "
@@ -56,11 +56,11 @@ def locate(name: str | Path, what: str) -> Path:
         ) from error
 
 
-def _hub_folder(repository: str) -> Path:
+def _hub_folder(repository: str, weights: bool) -> Path:
     try:
         # One request that fails at once without a network (the others try again for half a minute).
         listed = huggingface_hub.HfApi().model_info(repository, timeout=10).siblings or []
-        wanted = _wanted_files([file.rfilename for file in listed])
+        wanted = _wanted_files([file.rfilename for file in listed], weights)
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
     except Exception:  # no network, hub down, withdrawn: what was downloaded before will do
         try:
@@ -70,9 +70,11 @@ def _hub_folder(repository: str) -> Path:
         raise  # the first error says more than "not in the cache"
 
 
-def _wanted_files(names: list[str]) -> list[str]:
+def _wanted_files(names: list[str], weights: bool) -> list[str]:
     folders = sorted({os.path.dirname(name) for name in names} - set(UNUSED_FOLDERS))
     wanted = [name for name in names if os.path.dirname(name) in folders and name.endswith((".json", ".txt"))]
+    if not weights:
+        return wanted
     for folder in folders:
         inside = [os.path.basename(name) for name in names if os.path.dirname(name) == folder]
         chosen = next((files for stem in STEMS if (files := choose_weight_files(inside, stem))), [])
