@@ -1,7 +1,6 @@
-"""The noise schedule against diffusers' DDPMScheduler, against its own inverses, and at the ends where formulas divide by zero."""
+"""The noise schedule against diffusers' DDPMScheduler, its own inverses, and the end where formulas divide by zero."""
 
 import itertools
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -19,13 +18,10 @@ T = torch.tensor([0, 1, 17, 250, 500, 777, 998, 999])
 
 
 def pair(schedule: str, prediction_type: str = "epsilon", zero: bool = False, n: int = 1000):
-    ours = NoiseSchedule(
-        n, schedule=schedule, prediction_type=prediction_type, zero_terminal_snr=zero, **CURVES[schedule]
-    )
-    theirs = diffusers.DDPMScheduler(
-        num_train_timesteps=n, beta_schedule=schedule, prediction_type=prediction_type, rescale_betas_zero_snr=zero,
-        **CURVES[schedule],
-    )  # fmt: skip
+    """The same schedule twice: ours and diffusers'."""
+    same = {"prediction_type": prediction_type, **CURVES[schedule]}
+    ours = NoiseSchedule(n, schedule=schedule, zero_terminal_snr=zero, **same)
+    theirs = diffusers.DDPMScheduler(n, beta_schedule=schedule, rescale_betas_zero_snr=zero, **same)
     return ours, theirs
 
 
@@ -86,11 +82,12 @@ def test_snr_is_zero_at_the_end_of_a_zero_terminal_schedule():
     assert schedule.snr(torch.tensor([999])).item() == 0
 
 
-@pytest.mark.parametrize(
-    ("prediction_type", "zero"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
-)
+KINDS = [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+
+
+@pytest.mark.parametrize(("prediction_type", "zero"), KINDS)
 def test_predictions_turn_back_into_what_made_them(prediction_type, zero):
-    """The perfect prediction at any t gives x_0 and ε back; at zero SNR, where x_t no longer knows x_0, v still does."""
+    """The perfect prediction at any t gives x_0 and ε back; at zero SNR, where x_t has lost x_0, v still does."""
     schedule, _ = pair("scaled_linear", prediction_type, zero)
     x0, noise = pictures()
     x0, noise = x0.double(), noise.double()
@@ -107,9 +104,8 @@ def test_each_picture_has_its_own_timestep(shape):
     x0, noise = torch.randn(shape), torch.randn(shape)
     together = schedule.add_noise(x0, noise, t)
     for i in range(3):
-        torch.testing.assert_close(
-            together[i : i + 1], schedule.add_noise(x0[i : i + 1], noise[i : i + 1], t[i : i + 1])
-        )
+        alone = slice(i, i + 1)
+        torch.testing.assert_close(together[alone], schedule.add_noise(x0[alone], noise[alone], t[alone]))
 
 
 def test_noised_data_keeps_unit_variance():
@@ -153,9 +149,7 @@ def test_weights_are_finite_where_nothing_of_the_picture_is_left():
 
 
 def test_config_survives_the_round_trip_and_opens_in_diffusers():
-    for curve, (prediction_type, zero) in itertools.product(
-        CURVES, [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
-    ):
+    for curve, (prediction_type, zero) in itertools.product(CURVES, KINDS):
         schedule, _ = pair(curve, prediction_type, zero)
         config = schedule.to_diffusers()
         assert NoiseSchedule.from_diffusers(config) == schedule
@@ -181,8 +175,6 @@ def test_bad_options_are_refused_by_name():
             call()
 
 
-def test_tables_move_with_the_pictures():
-    """Tables follow `to`, and conversions work whichever of the two devices the timesteps are on ("meta" stands in)."""
-    schedule = NoiseSchedule().to("meta")
+def test_tables_move_to_the_device():
+    schedule = NoiseSchedule().to("meta")  # the one device beside the CPU that every machine has
     assert schedule.alphas_cumprod.device.type == schedule.betas.device.type == "meta"
-    assert SimpleNamespace(**schedule.to_diffusers()).num_train_timesteps == 1000
