@@ -1,0 +1,311 @@
+"""The monsters: the same bytes everywhere, no two alike, and captions that can be believed."""
+
+import hashlib
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageChops, ImageFilter
+
+import monster_captions as grammar
+import monster_drawing
+import monsters
+
+SMALL = 64
+
+
+@cache
+def small(index: int) -> Image.Image:
+    return monsters.draw(index, SMALL)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """Share of pixels that differ visibly."""
+    return float((np.asarray(ImageChops.difference(a, b)).max(-1) > 12).mean())
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_rgb_on_white_at_the_size_asked_for():
+    for size in (16, 100, 512):
+        image = monsters.draw(3, size)
+        assert image.mode == "RGB" and image.size == (size, size)
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert monsters.draw(3).size == (512, 512)
+
+
+def test_the_same_index_gives_the_same_bytes_in_another_process():
+    code = (
+        "import hashlib, monsters\n"
+        "for i in range(12): print(hashlib.sha256(monsters.draw(i, 96).tobytes()).hexdigest(), monsters.caption(i))"
+    )
+    root = Path(__file__).resolve().parent.parent
+    here = [f"{hashlib.sha256(monsters.draw(i, 96).tobytes()).hexdigest()} {monsters.caption(i)}" for i in range(12)]
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        there = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+        assert there.stdout.splitlines() == here, there.stderr
+
+
+def test_drawing_leaves_the_global_random_state_alone():
+    random.seed(5)
+    np.random.seed(5)
+    before = random.getstate(), np.random.get_state()[1].tobytes()
+    monsters.draw(9, 32)
+    monsters.caption(9)
+    assert (random.getstate(), np.random.get_state()[1].tobytes()) == before
+
+
+def test_no_two_of_the_first_5000_are_equal():
+    attributes = [f.name for f in fields(monsters.Monster) if f.name not in ("index", "boxes")]
+    assert len({tuple(getattr(m, name) for name in attributes) for m in map(monsters.roll, range(5000))}) == 5000
+    assert len({monsters.draw(i, 32).tobytes() for i in range(300)}) == 300
+
+
+def test_there_are_more_than_a_million_combinations():
+    assert monsters.combinations() > 1_000_000
+
+
+def test_every_size_is_the_same_picture():
+    for index in range(10):
+        large = monsters.draw(index, 512).reduce(512 // SMALL)
+        assert np.abs(np.asarray(large, float) - np.asarray(small(index), float)).mean() < 4  # of 255
+
+
+def test_pictures_show_one_monster_on_white():
+    assert [i for i in range(250) if not monsters.is_monster_on_white(small(i))] == []
+
+
+def test_what_is_no_monster_on_white_is_told():
+    rng = np.random.default_rng(0)
+    white = Image.new("RGB", (64, 64), "white")
+    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    corner = white.copy()
+    corner.paste((200, 30, 30), (1, 1, 20, 20))
+    dust = white.copy()
+    for x, y in itertools.product(range(4, 60, 6), repeat=2):
+        dust.paste((30, 160, 60), (x, y, x + 3, y + 3))
+    for image in (white, noise, corner, dust, Image.new("RGB", (64, 64), (40, 90, 200))):
+        assert not monsters.is_monster_on_white(image)
+
+
+# --- what is recorded is drawn ---------------------------------------------------------------------------------------
+
+
+def test_the_coat_has_the_colour_of_the_record():
+    wrong = [(i, monsters.roll(i).colour, monsters.colour_of(small(i))) for i in range(500)]
+    wrong = [entry for entry in wrong if entry[1] != entry[2]]
+    assert len(wrong) <= 5, wrong
+
+
+def test_the_colour_is_seen_in_blurred_and_noisy_pictures_too():
+    """As a half-trained model makes them."""
+    rng = np.random.default_rng(0)
+    right = 0
+    for index in range(200):
+        blurred = np.asarray(small(index).filter(ImageFilter.GaussianBlur(1.5)), float)
+        image = Image.fromarray(np.clip(blurred + rng.normal(0, 12, blurred.shape), 0, 255).astype(np.uint8))
+        right += monsters.colour_of(image) == monsters.roll(index).colour
+    assert right >= 190
+
+
+def test_a_blank_picture_has_no_colour():
+    assert monsters.colour_of(Image.new("RGB", (64, 64), "white")) == ""
+
+
+def test_every_part_of_the_record_can_be_seen():
+    """Left out, it is missed: no caption names what something else hides."""
+    seen = Counter()
+    for index in range(150):
+        record = monsters.roll(index)
+        parts = monster_drawing.assemble(record)
+        for name in {part.name for part in parts} & {"wings", "tail", "crest", "motif", "eyes", "mouth"}:
+            canvas = Image.new("RGB", (4 * SMALL, 4 * SMALL), "white")
+            for part in parts:
+                if part.name != name:
+                    monster_drawing.paint(canvas, part)
+            assert difference(canvas.reduce(4), small(index)) > (0.0005 if name == "mouth" else 0.004), (index, name)
+            seen[name] += 1
+    assert len(seen) == 6 and min(seen.values()) > 30
+
+
+@pytest.mark.parametrize(("attribute", "absent"), [("pattern", "plain"), ("belly", "none")])
+def test_every_marking_of_the_record_can_be_seen(attribute, absent):
+    records = [m for m in map(monsters.roll, range(160)) if getattr(m, attribute) != absent]
+    assert len(records) > 60
+    for record in records:
+        without = monster_drawing.render(replace(record, **{attribute: absent}), SMALL)
+        assert difference(without, small(record.index)) > 0.004, record
+
+
+def test_moods_differ_in_the_face():
+    for index in range(12):
+        record = monsters.roll(index)
+        faces = [monster_drawing.render(replace(record, mood=mood), 128) for mood in monsters.MOODS]
+        for one, other in itertools.combinations(faces, 2):
+            assert difference(one, other) > 0.0008, index
+
+
+def test_boxes_hold_the_parts_they_name():
+    for index in range(60):
+        record = monsters.describe(index)
+        left, top, right, bottom = record.boxes["monster"]
+        assert max(right - left, bottom - top) == pytest.approx(record.size, abs=1e-3)
+        drawn = np.argwhere(np.asarray(small(index)).min(-1) < 250) / SMALL
+        slack = 0.03  # the outline lies outside
+        assert top - slack < drawn[:, 0].min() and drawn[:, 0].max() < bottom + slack
+        assert left - slack < drawn[:, 1].min() and drawn[:, 1].max() < right + slack
+        for name, (x0, y0, x1, y1) in record.boxes.items():
+            assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, (index, name)
+        assert {"body", "head", "eyes", "mouth", "motif"} <= set(record.boxes)
+        for attribute in ("wings", "tail", "crest"):
+            assert (attribute in record.boxes) == (getattr(record, attribute) != "none")
+
+
+def test_every_attribute_takes_every_value():
+    records = [monsters.roll(i) for i in range(2000)]
+    tables = {
+        "body": monsters.BODIES,
+        "colour": monsters.COLOURS,
+        "element": monsters.ELEMENTS,
+        "motif_place": monsters.MOTIF_PLACES,
+        "pattern": monsters.PATTERNS,
+        "belly": monsters.BELLIES,
+        "wings": monsters.WINGS,
+        "tail": monsters.TAILS,
+        "crest": monsters.CRESTS,
+        "mood": monsters.MOODS,
+    }
+    for name, values in tables.items():
+        counts = Counter(getattr(record, name) for record in records)
+        assert set(counts) == set(values)
+        assert min(counts.values()) > 100, name
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def said(text: str, phrases) -> bool:
+    return any(re.search(rf"(?<![\w-]){re.escape(phrase)}(?![\w-])", text) for phrase in phrases)
+
+
+def test_a_caption_contradicts_nothing_in_the_record():
+    """Whatever phrase of the grammar occurs must be one for the record's own value."""
+    for index in range(3000):
+        m, text = monsters.roll(index), monsters.caption(index)
+        for colour in monsters.COLOURS:
+            if colour != m.colour:  # the wisp is called purple
+                assert not said(text.replace("purple wisp", ""), [colour]), text
+        for element in monsters.ELEMENTS:
+            assert element == m.element or not said(text, [f"{element} type", *grammar.SIGN[element]]), text
+        for place, phrase in grammar.SIGN_PLACE.items():
+            assert place == m.motif_place or phrase not in text, text
+        for table, value in (
+            (grammar.BODY, m.body),
+            (grammar.WINGS, m.wings),
+            (grammar.TAIL, m.tail),
+            (grammar.CREST, m.crest),
+            (grammar.PATTERN, m.pattern),
+            (grammar.BELLY, m.belly),
+        ):
+            allowed = table.get(value, ())
+            for phrases in table.values():
+                for phrase in phrases:
+                    shared = any(said(good, [phrase]) for good in allowed)  # "on two legs" is in "standing on two legs"
+                    assert shared or not said(text, [phrase]), (text, phrase)
+        for mood, (before, after) in grammar.MOOD.items():
+            mine = set(itertools.chain(*grammar.MOOD[m.mood]))
+            assert mood == m.mood or not any(said(text, [p]) for p in {*before, *after} - mine), text
+
+
+def test_captions_are_short_lower_case_and_nearly_always_name_colour_and_type():
+    texts = [monsters.caption(i) for i in range(3000)]
+    assert all(text == text.lower() and "  " not in text and re.fullmatch(r"[a-z, -]+", text) for text in texts)
+    assert max(len(text.split()) for text in texts) <= 40  # CLIP reads 77 tokens
+    assert np.mean([said(text, [monsters.roll(i).colour]) for i, text in enumerate(texts)]) > 0.85
+    assert np.mean([f"{monsters.roll(i).element} type" in text for i, text in enumerate(texts)]) > 0.75
+    assert len(set(texts)) > 2900
+    for text in texts:  # a before consonants, an before vowels
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), text
+
+
+def test_every_word_of_the_grammar_occurs_and_no_other():
+    used = set(itertools.chain.from_iterable(re.findall(r"[a-z-]+", monsters.caption(i)) for i in range(4000)))
+    assert used == monsters.words()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_the_data_set_name_is_parsed():
+    assert monsters.parse_spec("monsters") == 64
+    assert monsters.parse_spec("monsters:2000") == 2000
+
+
+@pytest.mark.parametrize("text", ["monsters:-3", "monsters:abc", "monsters:0", "monsters:", "monsters:1.5", "pokemon"])
+def test_a_bad_data_set_name_gets_one_sentence(text):
+    with pytest.raises(ValueError, match="monsters:2000") as error:
+        monsters.parse_spec(text)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("size", [7, 15, 4097, 64.0, "64", True])
+def test_a_bad_size_gets_one_sentence(size):
+    with pytest.raises(ValueError, match="16 to 4096"):
+        monsters.draw(0, size)
+
+
+@pytest.mark.parametrize("index", [-1, 1.5, "1", True])
+def test_a_bad_index_gets_one_sentence(index):
+    for function in (monsters.draw, monsters.describe, monsters.caption):
+        with pytest.raises(ValueError, match="index"):
+            function(index)
+
+
+# --- the data set ----------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_is_drawn_once_in_parallel_and_then_cached(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    loaded = monsters.load_monsters(20, size=32, start=5, num_proc=2)
+    assert loaded.column_names == ["image", "text"]
+    assert loaded["text"][:] == [monsters.caption(i) for i in range(5, 25)]
+    assert loaded[19]["image"].tobytes() == monsters.draw(24, 32).tobytes()
+
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
+    again = monsters.load_monsters(20, size=32, start=5, num_proc=1)
+    assert files and files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
+    assert again["text"][:] == loaded["text"][:]
+
+    monkeypatch.setattr(monsters, "source_version", lambda: "other code")
+    monsters.load_monsters(20, size=32, start=5, num_proc=2)
+    assert len(list(tmp_path.rglob("*.arrow"))) > len(files)
+
+
+def test_a_bad_count_gets_one_sentence():
+    for count in (0, -3, 2.5):
+        with pytest.raises(ValueError, match="number of monsters"):
+            monsters.load_monsters(count)
+    with pytest.raises(ValueError, match="16 to 4096"):
+        monsters.load_monsters(4, size=7)
+
+
+def test_the_contact_sheet_is_drawn(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "monsters.py", "--output", str(tmp_path / "sheet.png"), "--count", "5", "--size"]
+    subprocess.run([*command, "48"], cwd=root, check=True, capture_output=True)
+    assert Image.open(tmp_path / "sheet.png").width == 3 * 48
+    bad = subprocess.run([*command, "7"], cwd=root, capture_output=True, text=True)
+    assert bad.returncode == 2 and "16 to 4096" in bad.stderr and "Traceback" not in bad.stderr
