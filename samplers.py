@@ -383,16 +383,17 @@ _OPTIONS = {  # those that diffusers' counterpart of a sampler listens to
     "dpm++2m": {"timestep_spacing", "steps_offset", "use_karras_sigmas", "final_sigmas_type", "lower_order_final",
                 "euler_at_final"},
 }  # fmt: skip
+_OFF = (False, None)
 _ONLY = {  # and those that it listens to as well, but that are written here for these values only
-    "ddpm": {"variance_type": ["fixed_small"], "thresholding": [False]},
-    "ddim": {"thresholding": [False]},
-    "euler": {"interpolation_type": ["linear"], "timestep_type": ["discrete"], "sigma_min": [None], "sigma_max": [None],
-              "use_exponential_sigmas": [False], "use_beta_sigmas": [False]},
+    "ddpm": {"variance_type": ("fixed_small",), "thresholding": _OFF},
+    "ddim": {"thresholding": _OFF},
+    "euler": {"interpolation_type": ("linear",), "timestep_type": ("discrete",), "sigma_min": (None,),
+              "sigma_max": (None,), "use_exponential_sigmas": _OFF, "use_beta_sigmas": _OFF},
     "euler_a": {},
-    "dpm++2m": {"algorithm_type": ["dpmsolver++", "deis"], "solver_type": ["midpoint", "bh1", "bh2", "logrho"],
-                "solver_order": [2], "thresholding": [False], "variance_type": [None],
-                "use_exponential_sigmas": [False], "use_beta_sigmas": [False], "use_lu_lambdas": [False],
-                "use_flow_sigmas": [False]},
+    "dpm++2m": {"algorithm_type": ("dpmsolver++", "deis"), "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
+                "solver_order": (2,), "lambda_min_clipped": (-math.inf,), "variance_type": (None,),
+                "thresholding": _OFF, "use_exponential_sigmas": _OFF, "use_beta_sigmas": _OFF, "use_lu_lambdas": _OFF,
+                "use_flow_sigmas": _OFF},
 }  # fmt: skip
 
 
@@ -408,7 +409,7 @@ def grid_options(sampler: str, scheduler_config: Mapping[str, Any]) -> dict[str,
         if scheduler_config.get(name, values[0]) not in values:
             raise ValueError(
                 f"scheduler_config.json: {sampler} does not implement {name} = {scheduler_config[name]!r}, "
-                f"only {' or '.join(map(repr, values))}: choose another sampler."
+                f"only {values[0]!r}: choose another sampler."
             )
     silent = {"set_alpha_to_one": True} if sampler == "ddim" else {}  # what diffusers takes where its config is silent
     return silent | {name: value for name, value in scheduler_config.items() if name in _OPTIONS[sampler]}

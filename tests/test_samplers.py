@@ -490,6 +490,20 @@ def test_ddim_with_all_its_noise_is_ddpm():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_loops_never_wait_for_the_device(name):
+    """Meta tensors have no values: any look at one, which on a GPU would be a wait, is an error."""
+    schedule = NoiseSchedule()
+    grid = timestep_grid(name, schedule, 10)
+    x, mask = torch.empty(SHAPE, device="meta"), torch.empty(1, 1, 8, 8, device="meta")
+    eta = 1.0 if name == "ddim" else 0.0
+    result = SAMPLERS[name](
+        lambda x, t: x.tanh() * t, grid.noised(x, x), schedule, grid, noise=lambda _: x, eta=eta,
+        callback=inpainting(grid, x, x, mask),
+    )  # fmt: skip
+    assert result.shape == SHAPE and result.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_models_serve_float32_latents(name):
     schedule = NoiseSchedule()
     grid = timestep_grid(name, schedule, 10)
@@ -498,7 +512,7 @@ def test_half_precision_models_serve_float32_latents(name):
     assert result.dtype == torch.float32 and difference(result, expected) < 0.05
 
 
-def test_soft_inpainting_shows_the_blend_to_the_next_callback():
+def test_inpainting_shows_the_blend_to_the_next_callback():
     schedule, noise, original, seen = NoiseSchedule(), unit(1), unit(2), []
     grid = timestep_grid("dpm++2m", schedule, 4)
 
@@ -545,6 +559,9 @@ def test_bad_input_is_refused_in_one_sentence():
         ("Unknown sampler 'plms'", lambda: grid_options("plms", {})),
         ("dpm\\+\\+2m does not implement solver_order = 3", lambda: grid_options("dpm++2m", {"solver_order": 3})),
         ("does not implement variance_type", lambda: grid_options("ddpm", {"variance_type": "fixed_large"})),
+        ("does not implement thresholding", lambda: grid_options("ddim", {"thresholding": True})),
+        ("does not implement timestep_type", lambda: grid_options("euler", {"timestep_type": "continuous"})),
+        ("does not implement lambda_min_clipped", lambda: grid_options("dpm++2m", {"lambda_min_clipped": -5.1})),
     ]
     for message, call in refused:
         with pytest.raises(ValueError, match=message) as error:
