@@ -64,7 +64,8 @@ def light_tables(colour: RGB) -> tuple[list[int], ...]:
     """Three 256-entry tables, light (0 = turned away, 128 = flat, 255 = towards the upper left) -> red, green, blue."""
     shadow = tuple(round(c * k) for c, k in zip(colour, (0.80, 0.73, 0.83),
         strict=True))  # leans to purple, as shade does
-    bright = mix(colour, (255, 255, 240), 0.54 if not is_dark(colour) else 0.36)
+    sunny = mix(tuple(round(c * 255 / max(colour)) for c in colour), (255, 255, 244), 0.60)
+    bright = mix(colour, sunny, 0.72 * max(colour) / 255 if not is_dark(colour) else 0.34)
     tables = []
     for low, mid, high in zip(shadow, colour, bright, strict=True):
         table = []
@@ -258,8 +259,8 @@ def arms(m: Monster, x: float, y: float, length: float, width: float) -> list[Pa
     lift = m.arm
     result = []
     for mirror, up in ((True, lift), (False, lift * 0.6 - 0.25)):
-        arm = tube([(0, 0), (length * 0.55, 0.10 - up * 0.10), (length, 0.12 - up * 0.26)],
-            (width, width * 0.82, width * 1.22))
+        elbow, hand = (length * 0.5, 0.07 - up * 0.08), (length, 0.12 - up * 0.24)
+        arm = tube([(0, 0), elbow, hand], (width, width * 0.86, width * 1.12), 9)
         result.append(Part("arm", [place(arm, -x if mirror else x, y, mirror=mirror)], m.base))
     return result
 
@@ -328,7 +329,7 @@ def serpent(m: Monster) -> Anatomy:
     low = ellipse(0, 0.38, 0.43 * w, 0.145)
     high = ellipse(0.02, 0.20, 0.33 * w, 0.135)
     sway = 0.10 * m.arm
-    neck_line = [(0.03, 0.16), (-0.10 - sway, 0.06), (-0.04, -0.14), (0.10, -0.30)]
+    neck_line = [(-0.03 - 0.5 * sway, 0.17), (-0.09 - sway, 0.03), (-0.03, -0.14), (0.10, -0.30)]
     neck = tube(neck_line, (0.17, 0.155, 0.14, 0.13))
     front = tube([(x + 0.07, y + 0.03) for x, y in neck_line], (0.09, 0.085, 0.08, 0.08))
     neck_decals = markings(m, -0.10, 0.05, 0.20, 0.30, False, (0.1, -0.35, 0.16, 0.16))
@@ -670,8 +671,8 @@ def face_of(m: Monster, head: Box, beak: bool) -> list[Part]:
             flat("eyes", ellipse(ex, eye_y, ew + 0.011, eh + 0.011), rim)
             flat("eyes", ellipse(ex, eye_y, ew, eh), WHITE)
             small = 0.66 if m.mood == "surprised" else 1.0
-            gaze_x, gaze_y, pupil = ex + ew * (0.24 * m.turn - 0.10 * sign), eye_y + eh * 0.06, ew * 0.56 * small
-            iw, ih = ew * 0.74 * small, eh * 0.80 * small
+            gaze_x, gaze_y, pupil = ex + ew * (0.24 * m.turn - 0.10 * sign), eye_y + eh * 0.06, ew * 0.60 * small
+            iw, ih = ew * 0.82 * small, eh * 0.80 * small
             flat("eyes", ellipse(gaze_x, gaze_y, iw, ih), mix(m.iris, INK, 0.45))
             flat("eyes", ellipse(gaze_x, gaze_y + ih * 0.12, iw * 0.90, ih * 0.84), m.iris)
             flat("eyes", ellipse(gaze_x, gaze_y, pupil * 0.92, ih * 0.70), INK)
@@ -766,15 +767,13 @@ def assemble(m: Monster) -> list[Part]:
     boxes = bounds(parts)
     if m.motif_place == "around":
         left, top, right, bottom = boxes
-        clear_of_face = bottom if m.turn > 0.5 else (cy + bottom) / 2
+        clear_of_face = bottom if cx > 0.1 else (cy + bottom) / 2
         parts += sign_of(m.element, right + 0.03, clear_of_face, 0.24, 0.25)
         parts += sign_of(m.element, left - 0.01, top + 0.24, 0.21, -0.25)
 
-    def turned(outlines: list[Outline]) -> list[Outline]:
-        return [place(outline, 0, 0, 1.0, m.lean, m.facing < 0) for outline in outlines]
-
-    parts = [replace(p, outlines=turned(p.outlines), decals=[(turned(o), c) for o, c in p.decals]) for p in parts]
-    left, top, right, bottom = bounds(parts)
+    mirrored = m.facing < 0
+    leaning = [replace(p, outlines=[place(o, 0, 0, 1.0, m.lean, mirrored) for o in p.outlines]) for p in parts]
+    left, top, right, bottom = bounds(leaning)
     scale = m.size / max(right - left, bottom - top)
     margin = 0.025
     room_x, room_y = 1 - scale * (right - left) - 2 * margin, 1 - scale * (bottom - top) - 2 * margin
@@ -782,7 +781,7 @@ def assemble(m: Monster) -> list[Part]:
     y = margin + room_y * (0.5 + 0.35 * m.y) - scale * top
 
     def fitted(outlines: list[Outline]) -> list[Outline]:
-        return [place(outline, x, y, scale) for outline in outlines]
+        return [place(outline, x, y, scale, m.lean, mirrored) for outline in outlines]
 
     return [replace(p, outlines=fitted(p.outlines), decals=[(fitted(o), c) for o, c in p.decals]) for p in parts]
 

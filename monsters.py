@@ -319,7 +319,7 @@ def load_monsters(count: int, size: int = 512, start: int = 0, num_proc: int | N
 def contact_sheet(count: int, size: int, start: int = 0) -> Image.Image:
     """`count` monsters with their captions, in about as many columns as rows; each picture size x size pixels."""
     columns = math.ceil(math.sqrt(count))
-    font = ImageFont.load_default(max(9, size // 20))
+    font = ImageFont.load_default(max(9, size // 18))
     line = font.size * 1.25
     text_height = round(line * 5.6)
     sheet = Image.new("RGB", (columns * size, math.ceil(count / columns) * (size + text_height)), "white")
@@ -341,7 +341,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=36, help="how many monsters")
     parser.add_argument("--size", type=int, default=200, help="pixels of each picture")
     parser.add_argument("--start", type=int, default=0, help="index of the first")
-    parser.add_argument("--colors", type=int, default=256, help="colours of the file's palette, 0 = all")
     parser.add_argument("--output", default="monsters.png", help="the file to write")
     options = parser.parse_args()
     if options.count < 1:
@@ -350,8 +349,6 @@ def main() -> None:
         sheet = contact_sheet(options.count, options.size, options.start)
     except ValueError as error:
         parser.error(str(error))
-    if options.colors:
-        sheet = sheet.quantize(options.colors, dither=Image.Dither.NONE)
     sheet.save(options.output, optimize=True)
     print(f"Drew {options.count} monsters: {options.output}")
 

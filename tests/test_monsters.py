@@ -69,7 +69,7 @@ def test_drawing_leaves_the_global_random_state_alone():
 def test_no_two_of_the_first_5000_are_equal():
     attributes = [f.name for f in fields(monsters.Monster) if f.name not in ("index", "boxes")]
     assert len({tuple(getattr(m, name) for name in attributes) for m in map(monsters.roll, range(5000))}) == 5000
-    assert len({monsters.draw(i, 32).tobytes() for i in range(300)}) == 300
+    assert len({small(i).tobytes() for i in range(300)}) == 300
 
 
 def test_there_are_more_than_a_million_combinations():
@@ -103,9 +103,9 @@ def test_what_is_no_monster_on_white_is_told():
 
 
 def test_the_coat_has_the_colour_of_the_record():
-    wrong = [(i, monsters.roll(i).colour, monsters.colour_of(small(i))) for i in range(500)]
+    wrong = [(i, monsters.roll(i).colour, monsters.colour_of(small(i))) for i in range(300)]
     wrong = [entry for entry in wrong if entry[1] != entry[2]]
-    assert len(wrong) <= 5, wrong
+    assert len(wrong) <= 3, wrong
 
 
 def test_the_colour_is_seen_in_blurred_and_noisy_pictures_too():
@@ -126,7 +126,7 @@ def test_a_blank_picture_has_no_colour():
 def test_every_part_of_the_record_can_be_seen():
     """Left out, it is missed: no caption names what something else hides."""
     seen = Counter()
-    for index in range(150):
+    for index in range(120):
         record = monsters.roll(index)
         parts = monster_drawing.assemble(record)
         for name in {part.name for part in parts} & {"wings", "tail", "crest", "motif", "eyes", "mouth"}:
