@@ -145,6 +145,12 @@ class StableDiffusion:
             write_safetensors(folder / name / "diffusion_pytorch_model.safetensors", weights)
         self.text_encoder.save(folder / "text_encoder", folder / "tokenizer", dtype)
 
+    def export(self, path: str | os.PathLike) -> None:
+        """Writes one `.safetensors` in the original LDM layout, for the tools that want a single file."""
+        from ldm_pipeline import write_ldm_pipeline
+
+        write_ldm_pipeline(path, self.text_encoder, self.unet, self.vae, self.schedule)
+
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "StableDiffusion":
         """Moves everything to `device` and the networks to `dtype`; returns itself."""
         self.unet.to(device, dtype)
