@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import string
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,6 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from ldm_pipeline import write_ldm_pipeline
 from stable_diffusion_model import StableDiffusion
 from vae_model import VAE
 
@@ -61,8 +62,8 @@ def write_tokenizer(folder: Path) -> int:
     return len(words)
 
 
-def make_folder(folder: Path, version: int, **save_options) -> Path:
-    """A folder in the layout of SD 1.5 or 2.1 with everything but the size."""
+def make_folder(folder: Path, version: int, full_size: bool = False, **save_options) -> Path:
+    """A folder in the layout of SD 1.5 or 2.1 with everything but the size, or with that as well."""
     torch.manual_seed(version)
     words = write_tokenizer(folder / "tokenizer")
     if version == 2:
@@ -72,17 +73,27 @@ def make_folder(folder: Path, version: int, **save_options) -> Path:
         vocab_size=words, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1,
         hidden_act=["quick_gelu", "gelu"][version - 1], bos_token_id=words - 2, eos_token_id=words - 1,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=64, sample_size=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=[8, [1, 2]][version - 1], use_linear_projection=version == 2,
-        upcast_attention=version == 2,
-    )  # fmt: skip
+    unet_config = {
+        "block_out_channels": (64, 128), "layers_per_block": 1, "cross_attention_dim": 64, "sample_size": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": [8, [1, 2]][version - 1], "use_linear_projection": version == 2,
+        "upcast_attention": version == 2,
+    }  # fmt: skip
+    vae_config = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    if full_size:
+        width, layers, heads = [(768, 12, 12), (1024, 23, 16)][version - 1]
+        text_config.hidden_size, text_config.intermediate_size = width, 4 * width
+        text_config.num_hidden_layers, text_config.num_attention_heads = layers, heads
+        text_config.vocab_size = 49408  # the table is CLIP's, though the little tokenizer reaches only its start
+        unet_config = {"cross_attention_dim": width, "attention_head_dim": [8, [5, 10, 20, 20]][version - 1]}
+        unet_config |= {"use_linear_projection": version == 2, "upcast_attention": version == 2}
+        vae_config = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+    unet = UNet2DConditionModel(**unet_config)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # so that the prediction is as large as a trained one's
     vae = AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32), layers_per_block=1, down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, sample_size=64,
-    )  # fmt: skip
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, **vae_config
+    )
     pipe = StableDiffusionPipeline(
         vae, CLIPTextModel(text_config).eval(), AutoTokenizer.from_pretrained(folder / "tokenizer"), unet,
         DDIMScheduler.from_config(SD1_SCHEDULER), None, None, requires_safety_checker=False,
@@ -165,6 +176,17 @@ def test_a_published_folder_gives_the_same_picture_as_in_diffusers(request, vers
     model, pipe = open_both(request.getfixturevalue(version))
     assert model.schedule.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[version]
     assert_same(ours(model, sampler), theirs(pipe, sampler))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_full_size_gives_the_same_picture_as_in_diffusers(tmp_path, version):
+    """860 M parameters and more, twice, in float32: about 10 GB of memory and 5 GB of disk."""
+    model, pipe = open_both(make_folder(tmp_path / "sd", version, full_size=True))
+    count = sum(parameter.numel() for parameter in model.unet.parameters())
+    assert count == {1: 859_520_964, 2: 865_910_724}[version]
+    for sampler in SCHEDULERS:
+        assert_same(ours(model, sampler), theirs(pipe, sampler))
 
 
 CONFIGS = {
@@ -268,7 +290,7 @@ def test_one_file_gives_the_same_picture_here_and_in_diffusers(request, tmp_path
     source = request.getfixturevalue(version)
     model = StableDiffusion.from_pretrained(source, device="cpu")
     path = tmp_path / "model.safetensors"
-    write_ldm_pipeline(path, model.text_encoder, model.unet, model.vae, model.schedule)
+    model.export(path)
     shutil.copytree(source / "tokenizer", tmp_path / "tokenizer")
     again = StableDiffusion.from_pretrained(path, device="cpu")
     assert_equal(weights(model), weights(again))
@@ -283,7 +305,7 @@ def test_one_file_gives_the_same_picture_here_and_in_diffusers(request, tmp_path
 def test_a_vae_is_taken_from_wherever_there_is_one(sd1, tmp_path):
     wanted = VAE.load(sd1).state_dict()
     model = StableDiffusion.from_pretrained(sd1, device="cpu")
-    write_ldm_pipeline(tmp_path / "model.safetensors", model.text_encoder, model.unet, model.vae, model.schedule)
+    model.export(tmp_path / "model.safetensors")
     whole = load_file(tmp_path / "model.safetensors")
     prefix = "first_stage_model."
     alone = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
@@ -291,6 +313,22 @@ def test_a_vae_is_taken_from_wherever_there_is_one(sd1, tmp_path):
     torch.save({"state_dict": alone}, tmp_path / "vae-ft-mse.ckpt")
     for path in (sd1 / "vae", tmp_path / "model.safetensors", *tmp_path.glob("vae-ft-mse.*")):
         assert_equal(VAE.load(path).state_dict(), wanted)
+
+    command = [sys.executable, "vae_model.py", tmp_path / "vae-ft-mse.safetensors", tmp_path / "vae_model.pth"]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+    assert_equal(VAE.load(tmp_path / "vae_model.pth").state_dict(), {n: t.half().float() for n, t in wanted.items()})
+
+
+def test_a_file_without_a_tokenizer_beside_it_says_what_it_misses(sd1, tmp_path):
+    StableDiffusion.from_pretrained(sd1, device="cpu").export(tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", "tokenizer", "openai/clip-vit-large-patch14")
+
+
+def test_a_schedule_that_single_files_cannot_hold_is_not_exported(folder, tmp_path):
+    set_scheduler(folder, SD1_SCHEDULER | {"beta_schedule": "linear"})
+    model = StableDiffusion.from_pretrained(folder, device="cpu")
+    refused(tmp_path / "model.safetensors", "schedule", load=model.export)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
