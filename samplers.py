@@ -132,7 +132,7 @@ def timestep_grid(
 
     # DPM-Solver++ spaces n + 1 timesteps and leaves out the last, the one at or near t = 0 (but not of "trailing").
     one_more = sampler == "dpm++2m" and spacing != "trailing"
-    timesteps = _spaced(T, steps + one_more, spacing, steps_offset)[:steps]
+    timesteps = _spaced(T, steps + one_more, spacing, steps_offset)[:steps]  # "trailing" may round its way to one more
     timesteps = timesteps - max(timesteps[0] - (T - 1), 0)  # near T steps, the offset leaves no room for all of them
     if sampler in ("ddpm", "ddim"):
         return _chain_grid(sampler, schedule, timesteps.round(), set_alpha_to_one)
@@ -187,11 +187,11 @@ def _chain_grid(sampler: str, schedule: NoiseSchedule, timesteps: np.ndarray, se
 
 
 def _spaced(T: int, n: int, spacing: str, steps_offset: int) -> np.ndarray:
-    """Return n falling timesteps as floats, whole ones but for "linspace"."""
+    """Return n falling timesteps as floats, whole ones but for "linspace", and now and then a spare one at the end."""
     if spacing == "linspace":
         return np.linspace(0, T - 1, n)[::-1]
     if spacing == "trailing":
-        return np.arange(T, 0, -T / n).round()[:n] - 1  # [:n] as T / n may round so that one more fits
+        return np.arange(T, 0, -T / n).round() - 1
     stride = max(T // n, 1)  # whole, so a count that does not divide T starts early: 600 steps of 1000 at t = 600
     return (np.arange(n) * stride)[::-1] + float(steps_offset)
 
