@@ -1,9 +1,9 @@
 """Pocket monsters: a captioned data set of drawn creatures that needs no download and belongs to nobody else.
 
-An index is all there is: `describe(index)` rolls a creature's attributes, `draw(index)` paints them on white
-(monster_drawing.py), `caption(index)` says what was drawn (monster_captions.py). Everything follows from
-`random.Random` seeded with the index, so the same index gives the same bytes in every process, and a caption is true
-by construction.
+An index is all there is: `describe(index)` rolls a creature's attributes, `draw(index)` lays out its parts
+(monster_anatomy.py) and paints them on white (monster_drawing.py), `caption(index)` says what was drawn
+(monster_captions.py). Everything follows from `random.Random` seeded with the index, so the same index gives the same
+bytes in every process, and a caption is true by construction.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import monster_anatomy
 import monster_captions
 import monster_drawing
 
@@ -115,9 +116,10 @@ def combinations() -> int:
     """How many monsters differ in words alone, before any pose or proportion."""
     count = 0
     for wings, tails in BODIES.values():
-        places = sum(3 if tail in ("long", "curly", "pointed") else 2 for tail in tails)
-        count += len(wings) * places
-    return count * len(COLOURS) * len(ELEMENTS) * len(PATTERNS) * len(BELLIES) * len(CRESTS) * len(MOODS)
+        for tail in tails:
+            places = 3 if tail in ("long", "curly", "pointed") else 2
+            count += len(wings) * (places * len(CRESTS) - 1)  # no sign on the head of one with a single horn
+    return count * len(COLOURS) * len(ELEMENTS) * len(PATTERNS) * len(BELLIES) * len(MOODS)
 
 
 def hsv(hue: float, saturation: float, value: float) -> RGB:
@@ -166,12 +168,27 @@ def roll(index: int) -> Monster:
 def describe(index: int) -> Monster:
     """The full record of monster `index`, boxes included; nothing is painted for it."""
     monster = roll(index)
-    return replace(monster, boxes=monster_drawing.boxes_of(monster))
+    return replace(monster, boxes=monster_anatomy.boxes_of(monster))
 
 
 def draw(index: int, size: int = 512) -> Image.Image:
     """Monster `index` on white as an RGB picture of size x size pixels (16..4096)."""
-    return monster_drawing.render(roll(index), size)
+    return render(roll(index), size)
+
+
+def check_size(size: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or not 16 <= size <= 4096:
+        raise ValueError(f"A monster's picture is 16 to 4096 pixels wide, not {size!r}: choose a size in between.")
+
+
+def render(monster: Monster, size: int = 512) -> Image.Image:
+    """A record as an RGB picture; `replace(monster, wings="none")` gives the same monster without its wings."""
+    check_size(size)
+    oversampling = 4 if size <= 128 else 3 if size <= 1024 else 2
+    canvas = Image.new("RGB", (size * oversampling, size * oversampling), "white")
+    for part in monster_anatomy.assemble(monster):
+        monster_drawing.paint(canvas, part)
+    return canvas.reduce(oversampling)
 
 
 def caption(index: int) -> str:
@@ -261,12 +278,13 @@ def is_monster_on_white(image: Image.Image) -> bool:
 
 DEFAULT_COUNT = 64
 SHARD = 16  # monsters a worker takes at a time
+SOURCES = ("monsters.py", "monster_anatomy.py", "monster_drawing.py", "monster_captions.py")
 
 
 def source_version() -> str:
     """A hash of the code that draws and captions, so that cached pictures are redrawn when it changes."""
     here = Path(__file__).resolve().parent
-    code = b"".join((here / name).read_bytes() for name in ("monsters.py", "monster_drawing.py", "monster_captions.py"))
+    code = b"".join((here / name).read_bytes() for name in SOURCES)
     return hashlib.sha256(code).hexdigest()[:16]
 
 
@@ -277,8 +295,8 @@ def parse_spec(text: str) -> int:
         raise ValueError(f"The data set {text!r} is not one of drawn monsters: write monsters or monsters:2000.")
     if not colon:
         return DEFAULT_COUNT
-    if not (count.isascii() and count.isdigit() and int(count) > 0):
-        raise ValueError(f"The data set {text!r} needs a count of 1 or more after the colon, such as monsters:2000.")
+    if not (count.isascii() and count.isdigit() and len(count) < 8 and int(count) > 0):
+        raise ValueError(f"The data set {text!r} needs a count from 1 to 9999999 after the colon, as in monsters:2000.")
     return int(count)
 
 
@@ -300,7 +318,7 @@ def load_monsters(count: int, size: int = 512, start: int = 0, num_proc: int | N
         raise ValueError(f"The number of monsters is an integer of 1 or more, not {count!r}.")
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise ValueError(f"The first monster's index is an integer of 0 or more, not {start!r}.")
-    draw(start, size)  # a bad size fails here with its one sentence, not in a worker
+    check_size(size)  # here, not in a worker
     shards = [(first, min(first + SHARD, start + count)) for first in range(start, start + count, SHARD)]
     workers = min(num_proc or os.cpu_count() or 1, len(shards))
     return Dataset.from_generator(

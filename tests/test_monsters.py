@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageFilter
 
+import monster_anatomy
 import monster_captions as grammar
 import monster_drawing
 import monsters
@@ -128,7 +129,7 @@ def test_every_part_of_the_record_can_be_seen():
     seen = Counter()
     for index in range(120):
         record = monsters.roll(index)
-        parts = monster_drawing.assemble(record)
+        parts = monster_anatomy.assemble(record)
         for name in {part.name for part in parts} & {"wings", "tail", "crest", "motif", "eyes", "mouth"}:
             canvas = Image.new("RGB", (4 * SMALL, 4 * SMALL), "white")
             for part in parts:
@@ -144,14 +145,14 @@ def test_every_marking_of_the_record_can_be_seen(attribute, absent):
     records = [m for m in map(monsters.roll, range(160)) if getattr(m, attribute) != absent]
     assert len(records) > 60
     for record in records:
-        without = monster_drawing.render(replace(record, **{attribute: absent}), SMALL)
+        without = monsters.render(replace(record, **{attribute: absent}), SMALL)
         assert difference(without, small(record.index)) > 0.004, record
 
 
 def test_moods_differ_in_the_face():
     for index in range(12):
         record = monsters.roll(index)
-        faces = [monster_drawing.render(replace(record, mood=mood), 128) for mood in monsters.MOODS]
+        faces = [monsters.render(replace(record, mood=mood), 128) for mood in monsters.MOODS]
         for one, other in itertools.combinations(faces, 2):
             assert difference(one, other) > 0.0008, index
 
@@ -252,11 +253,16 @@ def test_the_data_set_name_is_parsed():
     assert monsters.parse_spec("monsters:2000") == 2000
 
 
-@pytest.mark.parametrize("text", ["monsters:-3", "monsters:abc", "monsters:0", "monsters:", "monsters:1.5", "pokemon"])
+@pytest.mark.parametrize("text", ["monsters:-3", "monsters:abc", "monsters:0", "monsters:", "monsters:1.5", "monsters:1e3", "dogs"])
 def test_a_bad_data_set_name_gets_one_sentence(text):
     with pytest.raises(ValueError, match="monsters:2000") as error:
         monsters.parse_spec(text)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_a_count_that_fits_no_disk_is_refused():
+    with pytest.raises(ValueError, match="9999999"):
+        monsters.parse_spec("monsters:" + "9" * 5000)
 
 
 @pytest.mark.parametrize("size", [7, 15, 4097, 64.0, "64", True])
