@@ -1,0 +1,105 @@
+"""The VAE against diffusers' `AutoencoderKL`, its files, and its tiles."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from tests.tiny import randomised, tiny_vae
+from vae_model import VAE, DiagonalGaussian, VAEConfig
+
+CONFIGS = {
+    "sd": VAEConfig(),
+    "small": VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8),
+    "grey, 8 channels, f4": VAEConfig(
+        in_channels=1, out_channels=1, latent_channels=8, block_out_channels=(16, 32, 32), norm_num_groups=8
+    ),
+}
+
+
+def theirs(config: VAEConfig) -> AutoencoderKL:
+    options = {name: value for name, value in config.to_diffusers().items() if not name.startswith("_")}
+    return randomised(AutoencoderKL(**options))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_diffusers(name: str) -> None:
+    config = CONFIGS[name]
+    reference = theirs(config)
+    ours = VAE(VAEConfig.from_diffusers(dict(reference.config))).eval()
+    assert ours.config == config
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    images = torch.rand(1, config.in_channels, 64, 96) * 2 - 1
+    with torch.no_grad():
+        posterior, expected = ours.encode(images), reference.encode(images).latent_dist
+        latents = posterior.sample(torch.Generator().manual_seed(3))
+        for ours_, theirs_ in [
+            (posterior.mean, expected.mean),
+            (posterior.logvar, expected.logvar),
+            (posterior.kl(), expected.kl()),
+            (latents, expected.sample(torch.Generator().manual_seed(3))),
+            (ours.decode(latents), reference.decode(latents).sample),
+        ]:
+            assert ((ours_ - theirs_).norm() / theirs_.norm()).item() < 2e-5
+    reference.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_save_and_load(tmp_path) -> None:
+    vae = tiny_vae()
+    vae.config.scaling_factor = 0.7
+    vae.save(tmp_path / "vae_model.pth")
+    again = VAE.load(tmp_path / "vae_model.pth")
+    assert again.config == vae.config
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.encode(images).mean, vae.encode(images).mean, rtol=0, atol=2e-2
+        )  # float16 file
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_loads_a_diffusers_folder_and_a_pipeline_folder(tmp_path) -> None:
+    reference = theirs(CONFIGS["small"])
+    reference.save_pretrained(tmp_path / "pipeline" / "vae")
+    for folder in (tmp_path / "pipeline" / "vae", tmp_path / "pipeline"):
+        weights = VAE.load(folder).state_dict()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_unknown_option_is_named() -> None:
+    with pytest.raises(ValueError, match="latents_mean"):
+        VAEConfig.from_diffusers(VAEConfig().to_diffusers() | {"latents_mean": [0.0] * 4})
+
+
+def test_missing_files_say_so(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        VAE.load("./nowhere.pth")
+    (tmp_path / "vae_model.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"vae_model\.pth"):
+        VAE.load(tmp_path / "vae_model.pth")
+
+
+def test_size_must_divide() -> None:
+    with pytest.raises(ValueError, match="divisible by 8"):
+        tiny_vae().encode(torch.zeros(1, 3, 60, 64))
+
+
+def test_posterior_of_known_moments() -> None:
+    """N(0, 1) has no divergence from itself; N(1, 1) has 1/2 nat for each latent."""
+    zero = torch.zeros(1, 4, 2, 2)
+    assert DiagonalGaussian(zero, zero).kl().item() == 0
+    assert DiagonalGaussian(zero + 1, zero).kl().item() == pytest.approx(8.0)
+    samples = DiagonalGaussian(torch.full((1, 1, 400, 400), 2.0), torch.full((1, 1, 400, 400), -2.0)).sample()
+    assert samples.mean().item() == pytest.approx(2.0, abs=0.01)
+    assert samples.std().item() == pytest.approx(torch.tensor(-1.0).exp().item(), abs=0.01)
+
+
+def test_tiles_cover_and_blend() -> None:
+    """One tile equals plain decoding; several keep the size, leave no gap, and stay close where tiles don't meet."""
+    vae = tiny_vae()
+    latents = torch.randn(1, 4, 24, 40)
+    with torch.no_grad():
+        whole = vae.decode(latents)
+        torch.testing.assert_close(vae.decode_tiled(latents, tile=64), whole)
+        tiled = vae.decode_tiled(latents, tile=16, overlap=8)
+    assert tiled.shape == whole.shape
+    assert torch.isfinite(tiled).all()
