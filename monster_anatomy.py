@@ -220,7 +220,7 @@ def serpent(m: Monster) -> Anatomy:
     tip = tube([(0.20, 0.42), (0.52, 0.46), (0.66, 0.36), (0.70 + 0.05 * m.arm, 0.20)], (0.13, 0.10, 0.055, 0.012))
     low = ellipse(0, 0.38, 0.43 * w, 0.145)
     high = ellipse(0.02, 0.20, 0.33 * w, 0.135)
-    sway = 0.10 * m.arm
+    sway = 0.06 * m.arm
     neck_line = [(-0.03 - 0.5 * sway, 0.17), (-0.09 - sway, 0.03), (-0.03, -0.14), (0.10, -0.30)]
     neck = tube(neck_line, (0.17, 0.155, 0.14, 0.13))
     front = tube([(x + 0.07, y + 0.03) for x, y in neck_line], (0.09, 0.085, 0.08, 0.08))

@@ -253,7 +253,10 @@ def test_the_data_set_name_is_parsed():
     assert monsters.parse_spec("monsters:2000") == 2000
 
 
-@pytest.mark.parametrize("text", ["monsters:-3", "monsters:abc", "monsters:0", "monsters:", "monsters:1.5", "monsters:1e3", "dogs"])
+BAD_NAMES = ["monsters:-3", "monsters:abc", "monsters:0", "monsters:", "monsters:1.5", "monsters:1e3", "dogs"]
+
+
+@pytest.mark.parametrize("text", BAD_NAMES)
 def test_a_bad_data_set_name_gets_one_sentence(text):
     with pytest.raises(ValueError, match="monsters:2000") as error:
         monsters.parse_spec(text)
