@@ -53,6 +53,9 @@ class Options:
     resolution: int = field(default=512, metadata={"help": "pictures are loaded at this size (pixels)"})
     crop: int = field(default=128, metadata={"help": "training sees random crops of this size (pixels)"})
     validation_pictures: int = field(default=40, metadata={"help": "held out, of each data set"})
+    blank_weight: float = field(
+        default=0.02, metadata={"help": "chance of a blank crop relative to a full one; large numbers: crops anywhere"}
+    )
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 128])
     layers_per_block: int = 1
     norm_num_groups: int = 8
@@ -105,7 +108,7 @@ class Crops:
 
     STRIDE = 16  # pixels between candidate positions
 
-    def __init__(self, images: Tensor, size: int) -> None:
+    def __init__(self, images: Tensor, size: int, blank_weight: float) -> None:
         if size > images.shape[-1] or size % 8:
             raise ValueError(f"--crop {size}: must be divisible by 8 and at most --resolution {images.shape[-1]}.")
         self.images, self.size = images, size
@@ -113,14 +116,18 @@ class Crops:
         for chunk in images.split(64):
             drawn = (chunk.amin(dim=1, keepdim=True) < 245).float()  # (n, 1, R, R): not (nearly) white
             share = F.avg_pool2d(drawn, size, stride=self.STRIDE)  # (n, 1, P, P): of each candidate crop
-            weights.append(share.flatten(1) + 0.02)  # blank ones are rare, not absent: white must stay white
+            weights.append(share.flatten(1) + blank_weight)  # blank ones are rare, not absent: white must stay white
         self.weights = torch.cat(weights)  # (N, P·P)
         self.positions = int(self.weights.shape[1] ** 0.5)
 
     def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Crops of the chosen pictures: (n, 3, size, size) in [-1, 1]."""
         device, n = self.images.device, len(indices)
-        place = torch.multinomial(self.weights[indices], 1, generator=generator)  # (n, 1)
+        weights = self.weights[indices]
+        # A draw in proportion to the weights: the shortest of waits with these rates. `multinomial` would check its
+        # arguments on the host and so let the device run dry at every step.
+        waits = torch.empty_like(weights).exponential_(generator=generator) / weights
+        place = waits.argmin(dim=1, keepdim=True)  # (n, 1)
         corner = torch.cat([place // self.positions, place % self.positions], dim=1) * self.STRIDE  # (n, 2)
         jitter = torch.randint(self.STRIDE, (n, 2), generator=generator, device=device)
         corner = (corner + jitter).clamp(max=self.images.shape[-1] - self.size)
@@ -158,28 +165,25 @@ class PatchDiscriminator(nn.Module):
         return (F.relu(1 - self(real)).mean() + F.relu(1 + self(made)).mean()) / 2
 
 
-def reconstruction_loss(
-    vae: nn.Module, images: Tensor, options: Options, generator: torch.Generator
-) -> dict[str, Tensor]:
+def reconstruction_loss(reconstruct: nn.Module, images: Tensor, options: Options) -> dict[str, Tensor]:
     """The terms of the negative evidence bound and the pictures: images (N, 3, H, W) → loss, l1, kl, made."""
-    made, kl = vae(images, generator)
+    made, kl = reconstruct(images)
     l1, l2 = (made - images).abs().mean(), (made - images).square().mean()
     kl = kl.sum() / images.numel()  # per pixel value, so that the weight means the same at every size
     loss = options.l1_weight * l1 + options.l2_weight * l2 + options.kl_weight * kl
     return {"loss": loss, "l1": l1, "kl": kl, "made": made}
 
 
-class _Reconstruct(nn.Module):
-    """encode → sample → decode as one forward, which is what gets compiled."""
+class Reconstruct(nn.Module):
+    """encode → sample → decode as one forward, which is what gets compiled: (N, 3, H, W) → the same, KL (N,)."""
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(images)
-        latents = posterior.mean + torch.exp(0.5 * posterior.logvar) * torch.randn_like(posterior.mean)
-        return self.vae.decode(latents).float(), posterior.kl()
+        return self.vae.decode(posterior.sample()).float(), posterior.kl()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
@@ -205,8 +209,9 @@ def reconstruct(vae: VAE, images: Tensor) -> Tensor:
 def measure(vae: VAE, images: Tensor) -> tuple[float, float]:
     """Mean PSNR (dB) and SSIM of the reconstructions of uint8 pictures (N, 3, H, W)."""
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(images.cpu(), reconstruct(vae, images), strict=True)]
-    psnr = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs]
-    ssim = [structural_similarity(a, b, data_range=255, channel_axis=0) for a, b in pairs]
+    with ThreadPoolExecutor() as pool:
+        psnr = list(pool.map(lambda pair: peak_signal_noise_ratio(*pair, data_range=255), pairs))
+        ssim = list(pool.map(lambda pair: structural_similarity(*pair, data_range=255, channel_axis=0), pairs))
     return float(np.mean(psnr)), float(np.mean(ssim))
 
 
@@ -250,7 +255,7 @@ def main(argv: list[str]) -> None:
         held_out[source] = images[order[:n]]
         training.append(images[order[n:]])
     images = torch.cat(training).to(device)
-    crops = Crops(images, options.crop)
+    crops = Crops(images, options.crop, options.blank_weight)
     # Every source is seen equally often, however many pictures it has.
     source_of = torch.cat([torch.full((len(t),), i) for i, t in enumerate(training)])
     by_source = [(source_of == i).nonzero().squeeze(1).to(device) for i in range(len(training))]
@@ -279,7 +284,7 @@ def main(argv: list[str]) -> None:
         first_step = state["step"]
         folder.forget_after(first_step)
     folder.start_wandb(options.wandb, "stable-diffusion-vae", options)
-    reconstruct_images = _Reconstruct(vae)
+    reconstruct_images = Reconstruct(vae)
     if options.compile:
         reconstruct_images = torch.compile(reconstruct_images)
     millions = sum(p.numel() for p in vae.parameters()) / 1e6
@@ -314,11 +319,9 @@ def main(argv: list[str]) -> None:
         return {"psnr": float(means[0]), "ssim": float(means[1])}
 
     def checkpoint(step: int) -> None:
-        shuffled = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(1)).to(device)[:256]]
-        if len(by_source) > 1:  # as in training, every source counts the same
-            shuffled = torch.cat([images[rows[torch.randperm(len(rows), device=device)[:128]]] for rows in by_source])
         generator = generator_for(device, options.seed, "scaling")
-        ema.module.config.scaling_factor = measure_scaling_factor(ema.module, shuffled, generator)
+        some = [images[batch_indices(len(rows), min(128, len(rows)), 0, 0, device) + rows[0]] for rows in by_source]
+        ema.module.config.scaling_factor = measure_scaling_factor(ema.module, torch.cat(some), generator)
         ema.module.save(folder.path / "vae_model.pth")
         state = {
             "vae": vae,
@@ -342,7 +345,7 @@ def main(argv: list[str]) -> None:
 
         torch.manual_seed(options.seed * 1_000_003 + step)  # the posterior's noise, inside the compiled forward
         with autocast():
-            terms = reconstruction_loss(reconstruct_images, real, options, None)
+            terms = reconstruction_loss(reconstruct_images, real, options)
         loss = terms["loss"]
         if adversarial:
             with autocast():
