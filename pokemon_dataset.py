@@ -22,6 +22,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ def _load_folder(folder: Path, split: str) -> datasets.Dataset:
 
 def _from_lists(paths: list[str], captions: list[str], stamps: list[tuple[int, int]]) -> datasets.Dataset:
     digest = hashlib.sha256(repr((paths, captions, stamps)).encode()).hexdigest()
-    table = datasets.Dataset.from_dict({"image": paths, "text": captions}, fingerprint=digest[:32])
+    table = datasets.Dataset(pa.table({"image": paths, "text": captions}), fingerprint=digest[:32])
     features = table.features.copy()
     features["image"] = datasets.Image()
     return table.cast(features)
