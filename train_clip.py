@@ -87,11 +87,11 @@ class Options:
     vocabulary_size: int = field(default=1536, metadata={"help": "tokens at most; 514 of them are bytes and marks"})
     validation_pictures: int = field(default=100, metadata={"help": "held out, of each data set"})
     mirror: bool = field(default=True, metadata={"help": "mirror half of the pictures; not if captions say left"})
-    fresh_monsters: int = field(default=32, metadata={"help": "drawn anew for each step, of those it sees"})
+    fresh_monsters: int = field(default=16, metadata={"help": "drawn anew for each step, of those it sees"})
     pool: int = field(default=16_384, metadata={"help": "fresh monsters are kept until there are this many"})
     workers: int = field(default=-1, metadata={"help": "processes that draw; -1 = one less than there are cores"})
-    max_steps: int = 6000
-    batch_size: int = field(default=256, metadata={"help": "more is better here: each step tells that many apart"})
+    max_steps: int = 8000
+    batch_size: int = field(default=512, metadata={"help": "more is better here: each step tells that many apart"})
     learning_rate: float = field(default=1e-3, metadata={"help": "at its peak; warmed up, then a cosine to 1 %%"})
     warmup_steps: int = 200
     weight_decay: float = field(default=0.1, metadata={"help": "of weight matrices, not of gains and biases"})
@@ -339,7 +339,7 @@ class FreshMonsters:
                 f"--pool {options.pool}: must be a multiple of --fresh_monsters {self.chunk} and hold a batch of {n}."
             )
         self.size = options.pool
-        self.at_first = min(self.size, -(-4 * n // self.chunk) * self.chunk)  # enough to begin with; the rest joins in
+        self.at_first = min(self.size, -(-8 * n // self.chunk) * self.chunk)  # enough to begin with; others join
         self.images = torch.empty(self.size, 3, size, size, dtype=torch.uint8, device=device)
         self.ids = torch.empty(self.size, length, dtype=torch.long, device=device)
         self.arrived = max(0, self._due(first_step) - self.size)  # monsters that came, and may have gone again
@@ -423,8 +423,8 @@ def main(argv: list[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model, tokenizer = load_clip(options.pretrained) if options.pretrained else (None, None)
     size = model.config.vision_config.image_size if model else options.image_size
+    state = RunFolder.load_state(Path(options.output_dir), device) if options.resume else None
     folder = RunFolder(options.output_dir, options, options.resume, COLUMNS)
-    state = folder.load_state(device) if options.resume else None
     first_step = state["step"] if state else 0
 
     # Pictures and captions: some of each source are held out. Fresh monsters are described now and drawn later.
