@@ -1,0 +1,187 @@
+"""How good a model is: does it paint the colour it is asked for, does it copy, and what does its VAE allow?
+
+    python evaluate_stable_diffusion.py stable_diffusion_results/monsters/model --dataset monsters:4000
+
+samples pictures for captions that the model was not trained on, and writes into --output_dir: `report.json`,
+`samples.png` (pictures with prompts) and `nearest.png` (each sample beside the training picture most like it).
+
+- Obedience (monsters only): a prompt names a colour; the pixel check of the monsters' own tests names the one painted.
+- Memorisation: the distance of each sample to its nearest training picture (or that picture's mirror), against the same
+  distance for pictures that were drawn afresh. Copies would be much nearer than those.
+- VAE ceiling: PSNR and SSIM of pictures that only went through the VAE; no sample can be sharper than these.
+"""
+
+import json
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+import monsters
+import pictures
+from pokemon_dataset import load_captioned_pictures, load_pixels
+from stable_diffusion_model import StableDiffusion
+from train_vae import measure
+from training import parse_options, run
+
+THUMBNAIL = 64  # pixels a side at which pictures are compared
+FIRST_UNSEEN = 900_000  # monsters from here on are kept from training
+
+
+@dataclass
+class Options:
+    """Options of evaluate_stable_diffusion.py."""
+
+    model: str = field(metadata={"help": "the model: folder, hub id or single file"})
+    dataset: str = field(default="monsters:4000", metadata={"help": "what it was trained on"})
+    output_dir: str = field(default="stable_diffusion_results/evaluation", metadata={"help": "where the report goes"})
+    num_samples: int = field(default=100, metadata={"help": "pictures to sample"})
+    resolution: int = field(default=512, metadata={"help": "their side in pixels"})
+    batch_size: int = field(default=4, metadata={"help": "pictures sampled at once"})
+    steps: int = field(default=25, metadata={"help": "sampling steps"})
+    sampler: str = field(default="dpm++2m", metadata={"help": "ddpm, ddim, euler, euler_a or dpm++2m"})
+    guidance_scale: float = field(default=5.0, metadata={"help": "classifier-free guidance"})
+    seed: int = field(default=0, metadata={"help": "of the first picture"})
+    device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; default: the best there is"})
+    resume: bool = field(default=False, metadata={"help": "keep the pictures that are already in --output_dir"})
+
+
+def unseen_prompts(options: Options, captions: list[str]) -> tuple[list[str], list[str]]:
+    """Prompts and the colours they name: unseen monsters' captions, or the data set's own captions without colours."""
+    if not options.dataset.startswith("monsters"):
+        return [captions[i * len(captions) // options.num_samples] for i in range(options.num_samples)], []
+    found: list[tuple[str, str]] = []
+    index = FIRST_UNSEEN
+    while len(found) < options.num_samples:
+        caption, colour = monsters.caption(index), monsters.roll(index).colour
+        if colour in caption.replace("purple wisp", ""):  # the one phrase whose colour is not the monster's
+            found.append((caption, colour))
+        index += 1
+    prompts, colours = zip(*found, strict=True)
+    return list(prompts), list(colours)
+
+
+def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> list[Image.Image]:
+    """One picture per prompt, seeds counted from --seed; kept as PNGs in --output_dir/pictures."""
+    folder = Path(options.output_dir) / "pictures"
+    made: list[Image.Image] = []
+    for start in tqdm(range(0, len(prompts), options.batch_size), desc="sampling", unit="batch"):
+        part = prompts[start : start + options.batch_size]
+        files = [folder / f"{start + k:04d}.png" for k in range(len(part))]
+        if options.resume and all(file.is_file() for file in files):
+            made += [pictures.to_rgb(Image.open(file)) for file in files]
+            continue
+        made += model.sample(
+            part,
+            steps=options.steps,
+            sampler=options.sampler,
+            guidance_scale=options.guidance_scale,
+            seeds=options.seed + start,
+            height=options.resolution,
+            width=options.resolution,
+            progress=False,
+        )
+        for file, picture in zip(files, made[start:], strict=True):
+            pictures.save_png(picture, file)
+    return made
+
+
+def obedience(made: list[Image.Image], colours: list[str]) -> dict:
+    """How many pictures are a monster on white, and one in the colour asked for."""
+    on_white = [monsters.is_monster_on_white(picture) for picture in made]
+    painted = [monsters.colour_of(picture) for picture in made]
+    right = [a and b == c for a, b, c in zip(on_white, painted, colours, strict=True)]
+    wrong = [f"{i}: asked {c}, got {b}" for i, (b, c) in enumerate(zip(painted, colours, strict=True)) if not right[i]]
+    return {"on_white": sum(on_white) / len(made), "on_white_in_the_colour": sum(right) / len(made), "wrong": wrong}
+
+
+def nearest(queries: Tensor, training: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For thumbnails (n, 3, s, s): RMS distance (n,) to the nearest of `training` or mirrors, which, mirrored?"""
+    flat, n = queries.flatten(1), len(training)
+    both = torch.cat([training, training.flip(-1)]).flatten(1)
+    distances = torch.cdist(flat, both) / flat.shape[1] ** 0.5  # (n, 2·training)
+    distance, index = distances.min(dim=1)
+    return distance, index % n, index >= n
+
+
+def thumbnails(made: list[Image.Image]) -> Tensor:
+    return torch.stack([pictures.to_pixels(picture, THUMBNAIL) for picture in made])
+
+
+def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, side: int = 224) -> Image.Image:
+    """Pictures with their prompts below."""
+    font, cells = ImageFont.load_default(size=13), []
+    for picture, caption in zip(made, captions, strict=True):
+        cell = Image.new("RGB", (side, side + 68), "white")
+        cell.paste(picture.resize((side, side), Image.Resampling.LANCZOS))
+        ImageDraw.Draw(cell).multiline_text((6, side + 2), textwrap.fill(caption, 34), fill="#333", font=font)
+        cells.append(cell)
+    return pictures.grid(cells, columns)
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(Options, ["--model", *argv] if argv and not argv[0].startswith("-") else argv)
+    folder = Path(options.output_dir)
+    model = StableDiffusion.from_pretrained(options.model, device=options.device)
+    found = load_captioned_pictures(options.dataset)
+    prompts, colours = unseen_prompts(options, found["text"])
+    made = sample_all(model, prompts, options)
+    report: dict = {
+        "model": str(options.model),
+        "samples": len(made),
+        "steps": options.steps,
+        "sampler": options.sampler,
+    }
+    report |= {"guidance_scale": options.guidance_scale, "seed": options.seed}
+    if colours:
+        report["obedience"] = obedience(made, colours)
+
+    # Memorisation, at thumbnail size
+    with ThreadPoolExecutor() as pool:
+        cells = found["image"]
+        starts = tqdm(range(0, len(cells), 64), desc="reading the training pictures", unit="64 pictures")
+        training = torch.cat(
+            [load_pixels([cells[i] for i in range(s, min(s + 64, len(cells)))], THUMBNAIL, pool) for s in starts]
+        )
+    distance, which, mirrored = nearest(thumbnails(made), training)
+    report["nearest_training_picture"] = {"mean": distance.mean().item(), "smallest": distance.min().item()}
+    if colours:
+        fresh = [monsters.draw(FIRST_UNSEEN + i, 2 * THUMBNAIL) for i in range(len(made))]
+        baseline, _, _ = nearest(thumbnails(fresh), training)
+        report["nearest_training_picture_of_unseen_monsters"] = {
+            "mean": baseline.mean().item(),
+            "smallest": baseline.min().item(),
+        }
+
+    # What the VAE allows
+    with ThreadPoolExecutor() as pool:
+        some = load_pixels(
+            [cells[i] for i in range(0, len(cells), max(len(cells) // 16, 1))][:16], options.resolution, pool
+        )
+    psnr, ssim = measure(model.vae, ((some + 1) * 127.5).round().to(torch.uint8))
+    report["vae_ceiling"] = {"psnr": psnr, "ssim": ssim}
+
+    # Sheets
+    count = min(16, len(made))
+    pictures.save_png(captioned_sheet(made[:count], prompts[:count], columns=4), folder / "samples.png")
+    pairs, captions = [], []
+    for i in range(count):
+        twin = (
+            pictures.to_rgb(monsters.draw(int(which[i]), 256))
+            if colours
+            else pictures.to_pictures(training[which[i]][None] / 2 + 0.5)[0]
+        )
+        pairs += [made[i], twin.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored[i] else twin]
+        captions += [prompts[i], f"nearest training picture, distance {distance[i]:.3f}"]
+    pictures.save_png(captioned_sheet(pairs, captions, columns=8, side=160), folder / "nearest.png")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    run(main)
