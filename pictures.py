@@ -1,6 +1,8 @@
 """Pictures: from any PIL picture to pixels in [-1, 1] and back, and the words a PNG carries about how it was made."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,11 @@ def pixels_of(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
+def mask_of(picture: Image.Image) -> Tensor:
+    """An RGB picture → float (1, H, W), 1 where it is rather white than black."""
+    return (torch.from_numpy(np.array(picture.convert("L")))[None] > 127).float()
+
+
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """Float (N, 3, H, W) in [0, 1] → PIL pictures."""
     arrays = (images.permute(0, 2, 3, 1).float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
@@ -59,22 +66,35 @@ def save_png(picture: Image.Image, path: str | os.PathLike) -> None:
     picture.save(path, format="PNG", pnginfo=info)
 
 
-def format_parameters(prompt: str, negative_prompt: str, **settings: object) -> str:
-    """The `parameters` text: the prompt, the negative prompt, then one line of `Name: value` pairs."""
-    lines = [prompt] + ([f"Negative prompt: {negative_prompt}"] if negative_prompt else [])
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+# The `parameters` text, as web user interfaces write and read it: the prompt, a line "Negative prompt: …" (both may run
+# over several lines), and a last line "Steps: 30, Sampler: ddim, …", where a value with a comma or colon is quoted.
+_NEGATIVE = "Negative prompt: "
+_SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+def format_parameters(prompt: str, negative_prompt: str = "", **settings: object) -> str:
+    """The `parameters` text of a picture, for `read_parameters` and other tools; `settings` begin with Steps."""
+    values = {name: str(value) for name, value in settings.items() if value is not None}
+    values = {name: json.dumps(v) if set(v) & set(',:"\n') or v != v.strip() else v for name, v in values.items()}
+    lines = [prompt] + ([_NEGATIVE + negative_prompt] if negative_prompt else [])
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
 
 
 def read_parameters(picture: Image.Image | str | os.PathLike) -> dict[str, str]:
-    """What a PNG says of its making: `prompt`, `negative_prompt` and the settings by name; {} if it says nothing."""
+    """What a PNG says of its making: `prompt`, `negative_prompt` and the settings by name; {} if it says nothing.
+
+    Texts with commas, quotes and line breaks return as they were, unless a prompt holds a line "Negative prompt: …".
+    """
     if not isinstance(picture, Image.Image):
         with Image.open(picture) as opened:
-            opened.load()
+            opened.load()  # the text may stand behind the pixels
             picture = opened
     text = picture.info.get("parameters")
     if not text:
         return {}
-    *prompts, settings = text.split("\n")
-    prompt, _, negative = "\n".join(prompts).partition("\nNegative prompt: ")
-    pairs = (pair.partition(": ") for pair in settings.split(", "))
-    return {"prompt": prompt, "negative_prompt": negative, **{name: value for name, _, value in pairs}}
+    prompts, _, settings = text.rpartition("\n")
+    if not settings.startswith("Steps: "):  # other tools may leave the settings out
+        prompts, settings = text, ""
+    prompt, _, negative = ("\n" + prompts).partition("\n" + _NEGATIVE)
+    pairs = {name: json.loads(v) if v.startswith('"') else v for name, v in _SETTING.findall(settings)}
+    return {"prompt": prompt.removeprefix("\n"), "negative_prompt": negative, **pairs}

@@ -215,7 +215,8 @@ def _sigma_to_t(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _check(sampler: str, grid: TimestepGrid, noise: Noise | None, eta: float) -> None:
+def check_walk(sampler: str, grid: TimestepGrid, noise: Noise | None, eta: float) -> None:
+    """Raise ValueError if the grid was made for another sampler, or if this one lacks noise or has no use for eta."""
     if grid.sampler != sampler:
         raise ValueError(f"The grid was made for {grid.sampler}: for {sampler}, call timestep_grid({sampler!r}, ...).")
     if not 0 <= eta <= 1:
@@ -279,7 +280,7 @@ def ddpm(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Ancestral sampling with the posterior's variance β̃ (Ho 2020, Algorithm 2) on a chain thinned out to the grid."""
-    _check("ddpm", grid, noise, eta)
+    check_walk("ddpm", grid, noise, eta)
     for step, (t, a, a_next) in enumerate(grid):
         x0, _ = _denoise(predict, x, t, a, schedule)
         beta = 1 - a / a_next
@@ -297,7 +298,7 @@ def ddim(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Denoising diffusion implicit models (Song 2021): the chain's marginals without (eta = 0) or with its noise."""
-    _check("ddim", grid, noise, eta)
+    check_walk("ddim", grid, noise, eta)
     for step, (t, a, a_next) in enumerate(grid):
         x0, epsilon = _denoise(predict, x, t, a, schedule)
         sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # Eq. 16
@@ -314,7 +315,7 @@ def euler(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Euler's method on the ODE dx/dσ = (x - D(x; σ)) / σ (Karras 2022, Equation 3, Algorithm 2 without churn)."""
-    _check("euler", grid, noise, eta)
+    check_walk("euler", grid, noise, eta)
     for step, (t, a, a_next) in enumerate(grid):
         x0, slope = _denoise(predict, x, t, a, schedule)  # the slope (x - D) / σ is the predicted ε
         # Algorithm 2, line 7, x + (σ_next - σ) · slope, is the same; but where σ is 4096, float32 would round x_0 away.
@@ -328,7 +329,7 @@ def euler_ancestral(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Euler to σ_down, below the goal, then up with fresh noise (k-diffusion's Euler-a; cf. Ho 2020, Eq. 7)."""
-    _check("euler_a", grid, noise, eta)
+    check_walk("euler_a", grid, noise, eta)
     for step, (t, a, a_next) in enumerate(grid):
         x0, slope = _denoise(predict, x, t, a, schedule)
         sigma, sigma_next = _sigma(a), _sigma(a_next)
@@ -346,7 +347,7 @@ def dpmpp_2m(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M) (Lu 2022, Algorithm 2): DDIM, but with x_0 extrapolated from the last two predictions."""
-    _check("dpm++2m", grid, noise, eta)
+    check_walk("dpm++2m", grid, noise, eta)
     x0_last, h_last = None, 0.0
     for step, (t, a, a_next) in enumerate(grid):
         x0, _ = _denoise(predict, x, t, a, schedule)

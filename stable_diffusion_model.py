@@ -20,9 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_model import NoiseSchedule, UNet, UNetConfig
-from pictures import format_parameters, pixels_of, to_pictures, to_rgb
+from guidance import Guidance
+from pictures import format_parameters, mask_of, pixels_of, to_pictures
 from pretrained_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
-from samplers import SAMPLERS, grid_options, inpainting, timestep_grid
+from samplers import SAMPLERS, TimestepGrid, check_walk, grid_options, inpainting, timestep_grid
+from sampling_request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
 from text_encoder import TextEncoder, load_text_model, load_tokenizer
 from vae_model import VAE
 
@@ -72,7 +74,7 @@ class StableDiffusion:
             )
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self.schedule = schedule
-        # A folder's own config is not mixed with our defaults: where it is silent, each sampler has defaults of its own.
+        # A folder's own config is not mixed with our defaults: where it is silent, each sampler has its own.
         # The two values behind it are those that diffusers' pipeline sets, too, whatever the config says.
         self.scheduler_config = {"_class_name": "DDIMScheduler"} | dict(scheduler_config or DEFAULT_SCHEDULER)
         self.scheduler_config |= {"clip_sample": False, "steps_offset": 1}
@@ -89,7 +91,8 @@ class StableDiffusion:
         """Reads the standard folder, a hub id of SD 1.x or 2.x, or a single file in the original LDM layout.
 
         `device`: cuda, mps, cpu, or None for the best there is; `dtype` of the networks, float32 if None (the VAE
-        stays in float32 beside float16, in which published ones overflow). One-sentence ValueError or FileNotFoundError.
+        stays in float32 beside float16, in which published ones overflow). ValueError or FileNotFoundError, in one
+        sentence, for what is not such a model.
         """
         path = locate(folder_or_hub_id, "the model")
         if path.is_file():
@@ -160,7 +163,13 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
         return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the U-Net computes in; latents are float32 all the way."""
+        return self.unet.conv_in.weight.dtype
 
     # ------------------------------------------------------------------------------------------------------------------
     # Spaces: words → context; pixels ↔ latents. The only two places that know the scaling factor
@@ -194,9 +203,9 @@ class StableDiffusion:
     @torch.no_grad()
     def sample(
         self,
-        prompts: str | list[str] | Tensor,
+        prompts: str | Sequence[str] | Tensor,
         *,
-        negative_prompts: str | list[str] | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
         steps: int = 30,
         sampler: str = "dpm++2m",
         guidance_scale: float = 7.5,
@@ -205,9 +214,9 @@ class StableDiffusion:
         seeds: int | Sequence[int] = 0,
         height: int = 512,
         width: int = 512,
-        init_images: list[Image.Image] | None = None,
+        init_images: Image.Image | Sequence[Image.Image] | None = None,
         strength: float = 0.8,
-        masks: list[Image.Image] | None = None,
+        masks: Image.Image | Sequence[Image.Image] | None = None,
         eta: float = 0.0,
         karras: bool | None = None,
         timestep_spacing: str | None = None,
@@ -219,13 +228,11 @@ class StableDiffusion:
         """Pictures for prompts, one each. Same arguments, same pictures.
 
         Args:
-            prompts: N prompts, or their encodings (N, 77, D), as `encode_prompts` gives and interpolation mixes them.
+            prompts: N prompts, or their encodings (N, L, D), as `encode_prompts` gives and interpolation mixes them.
             negative_prompts: what to stay away from: one for all or one each (Ho & Salimans' empty text if None).
             steps: how often the U-Net is asked, 1…1000 (img2img: int(steps · strength) times).
             sampler: ddpm, ddim, euler, euler_a or dpm++2m; `eta` is ddim's.
-            guidance_scale: w in unconditional + w · (conditional - unconditional): 1 is the plain conditional model.
-            guidance_rescale: φ of Lin et al. 2024, Equations 14-16, against over-exposure; 0 = off.
-            guidance_interval: guide only where the noise level σ = √((1-ᾱ)/ᾱ) lies between these two.
+            guidance_scale, guidance_rescale, guidance_interval: see `Guidance`; scale 1 is the plain conditional model.
             seeds: one per picture; a single number s stands for s, s+1, …
             height, width: of the pictures, in pixels, divisible by 8.
             init_images, strength: start from these pictures, noised by `strength` in (0, 1], not from pure noise.
@@ -234,123 +241,96 @@ class StableDiffusion:
             noise: starting noise (N, 4, h, w) instead of the seeds', for interpolations.
             callback: called after each step with (step, t, x_t, predicted x_0); a tensor it returns replaces x_t.
 
-        Picture k of a batch starts from the noise that its seed gives alone and sees no other picture; what can differ
-        with the batch size is the last bits of sums in the matrix kernels. Raises ValueError, in one sentence, for bad input.
+        Picture k of a batch starts from the noise that its seed gives alone and sees no other picture; what may differ
+        with the batch size is the order of sums in the matrix kernels, in the last bits of float32. The pictures'
+        `info["parameters"]` says how they were made. Raises ValueError, in one sentence, before any network runs.
         """
-        context = prompts if isinstance(prompts, Tensor) else None
-        texts = [""] * len(prompts) if context is not None else [prompts] if isinstance(prompts, str) else list(prompts)
-        negatives = _spread(negative_prompts or "", len(texts), "negative_prompts")
-        seeds = _spread_seeds(seeds, len(texts))
-        _check_request(texts, height, width, self.vae.config.downsampling, guidance_scale, guidance_rescale)
-        shape = (1, self.unet.config.in_channels, height // 8, width // 8)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-        # Where the walk goes, and what it starts from.
-        options = grid_options(sampler, self.scheduler_config)
-        options |= {"use_karras_sigmas": karras} if karras is not None else {}
-        options |= {"timestep_spacing": timestep_spacing} if timestep_spacing is not None else {}
-        walk = timestep_grid(sampler, self.schedule, steps, **options)
+        # What was asked for, checked.
+        encoded = isinstance(prompts, Tensor)
+        if encoded:
+            check_tensor(prompts, (None, self.text_encoder.length, self.text_encoder.width), "prompts")
+        texts = [""] * len(prompts) if encoded else texts_of(prompts, "prompts")
+        n, factor = len(texts), self.vae.config.downsampling
+        negatives = [""] if negative_prompts is None else texts_of(negative_prompts, "negative_prompts")
+        negatives = one_each(negatives, n, "negative_prompts")
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
+        generators = generators_of(seeds, n)
+        shape = (1, self.unet.config.in_channels, *latent_size(height, width, factor))
 
         def draw(_step: int = 0) -> Tensor:
             return torch.cat([torch.randn(shape, generator=g) for g in generators]).to(self.device)  # (N, 4, h, w)
 
-        original, keep = None, None
-        if init_images is not None:
-            original, pixels = self._encode_init_images(init_images, generators, height, width)
-            walk = walk.from_strength(strength)
+        walk = self._walk(sampler, steps, karras, timestep_spacing)
+        check_walk(sampler, walk, draw, eta)
+        original = None if init_images is None else pixels_for(init_images, pixels_of, n, height, width, "init_images")
+        walk = walk if original is None else walk.from_strength(strength)
+        paint = None if masks is None else pixels_for(masks, mask_of, n, height, width, "masks")  # (N, 1, H, W), 0 or 1
+        if paint is not None and original is None:
+            raise ValueError("masks need init_images: the pictures whose unmasked parts are kept.")
+        if noise is not None:
+            check_tensor(noise, (n, *shape[1:]), "noise")
+
+        # Words.
+        context = prompts if encoded else self.encode_prompts(texts)  # (N, L, D)
+        empty = self.encode_prompts(negatives) if guidance.needs_unconditional else None
+
+        # The start: noise alone, or a picture under noise.
+        latents = None if original is None else self._encode_each(original, generators)
         unit_noise = draw() if noise is None else noise.to(self.device, torch.float32)
-        if masks is not None:
-            if original is None:
-                raise ValueError("masks need init_images: the pictures whose unmasked parts are kept.")
-            keep, latent_mask = self._read_masks(masks, len(texts), height, width)
-            callback = inpainting(walk, original, unit_noise, latent_mask, callback)
+        if paint is not None:
+            mask = F.interpolate(paint, size=shape[2:]).to(self.device)  # (N, 1, h, w), nearest, as diffusers
+            callback = inpainting(walk, latents, unit_noise, mask, callback)
         # A masked picture at full strength starts from pure noise; img2img always remembers its picture a little.
-        from_noise = original is None or (masks is not None and strength == 1.0)
-        x = walk.start(unit_noise) if from_noise else walk.noised(original, unit_noise)
+        from_noise = latents is None or (paint is not None and strength == 1)
+        x = walk.start(unit_noise) if from_noise else walk.noised(latents, unit_noise)  # (N, 4, h, w)
 
         # The walk.
-        context = (
-            self.encode_prompts(texts) if context is None else context.to(self.device, self.unet.conv_in.weight.dtype)
-        )
-        predict = self._guided(context, negatives, guidance_scale, guidance_rescale, guidance_interval)
         with tqdm(total=len(walk), desc=f"sampling with {sampler}", unit="step", disable=not progress) as bar:
 
-            def predict_and_tick(x_t: Tensor, t: float) -> Tensor:
+            def ask(x_t: Tensor, t: float, context: Tensor) -> Tensor:
+                timesteps = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
+                prediction = self.unet(x_t.to(self.dtype), timesteps, context).float()
                 bar.update()
-                return predict(x_t, t)
+                return prediction
 
-            x0 = SAMPLERS[sampler](predict_and_tick, x, self.schedule, walk, noise=draw, callback=callback, eta=eta)
+            predict = guidance.predictor(ask, self._as_context(context), self._as_context(empty), walk)
+            x0 = SAMPLERS[sampler](predict, x, self.schedule, walk, noise=draw, callback=callback, eta=eta)
 
+        # Pixels.
+        if not x0.isfinite().all():
+            raise FloatingPointError("The latents overflowed: sample in float32 or bfloat16, or with less guidance.")
         images = self.decode_latents(x0, tiled=vae_tiling)  # (N, 3, H, W)
-        if keep is not None:
-            images = torch.where(keep, (pixels / 2 + 0.5).to(images.device), images)
+        if paint is not None:
+            images = torch.where(paint.to(images.device) == 1, images, (original / 2 + 0.5).to(images.device))
         pictures = to_pictures(images)
-        for picture, text, negative, seed in zip(pictures, texts, negatives, seeds, strict=True):
-            settings = {"Steps": steps, "Sampler": sampler, "CFG scale": guidance_scale, "Seed": seed}
-            settings |= {"Size": f"{width}x{height}", "Model": self.name}
-            settings |= {"Denoising strength": strength} if original is not None else {}
+        for picture, text, negative, generator in zip(pictures, texts, negatives, generators, strict=True):
+            settings = {
+                "Steps": steps, "Sampler": sampler, "Schedule type": "Karras" if karras else None,
+                "Timestep spacing": timestep_spacing, "Eta": eta or None, "CFG scale": guidance_scale,
+                "CFG rescale": guidance_rescale or None, "Seed": generator.initial_seed(),
+                "Size": f"{width}x{height}", "Model": self.name,
+                "Denoising strength": None if original is None else strength,
+            }  # fmt: skip
             picture.info["parameters"] = format_parameters(text, negative, **settings)
         return pictures
 
-    def _guided(
-        self, context: Tensor, negatives: list[str], scale: float, rescale: float, interval: tuple[float, float]
-    ) -> Callable[[Tensor, float], Tensor]:
-        """The U-Net as the samplers see it: (x_t, t) → prediction, pushed away from the negative prompt."""
-        dtype = self.unet.conv_in.weight.dtype
-        empty = self.encode_prompts(negatives) if scale != 1 else None
+    def _walk(self, sampler: str, steps: int, karras: bool | None, timestep_spacing: str | None) -> TimestepGrid:
+        """Timesteps and noise levels, as the model's own scheduler_config.json has them unless told otherwise."""
+        told = {"use_karras_sigmas": karras, "timestep_spacing": timestep_spacing}
+        told = {name: value for name, value in told.items() if value is not None}
+        return timestep_grid(sampler, self.schedule, steps, **grid_options(sampler, self.scheduler_config) | told)
 
-        def ask(x_t: Tensor, t: float, context: Tensor) -> Tensor:
-            timesteps = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
-            return self.unet(x_t.to(dtype), timesteps, context).float()
-
-        def predict(x_t: Tensor, t: float) -> Tensor:
-            alpha_bar = float(self.schedule.alphas_cumprod[int(t)])
-            sigma = math.sqrt((1 - alpha_bar) / max(alpha_bar, 1e-12))
-            if empty is None or not interval[0] <= sigma <= interval[1]:
-                return ask(x_t, t, context)
-            if scale == 0:
-                return ask(x_t, t, empty)
-            both = ask(torch.cat([x_t, x_t]), t, torch.cat([empty, context]))  # one batch of 2N
-            unconditional, conditional = both.chunk(2)
-            guided = unconditional + scale * (conditional - unconditional)  # Ho & Salimans 2022, Equation 6, w = s - 1
-            if rescale == 0:
-                return guided
-            # Lin et al. 2024, Equations 14-16: back to the spread of the conditional prediction, by a share φ.
-            spread = conditional.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
-            return guided * (rescale * spread + 1 - rescale)
-
-        return predict
-
-    def _encode_init_images(
-        self, init_images: list[Image.Image], generators: list[torch.Generator], height: int, width: int
-    ) -> tuple[Tensor, Tensor]:
-        """Latents (N, 4, h, w) and pixels (N, 3, H, W) of the pictures that img2img and inpainting start from."""
-        init_images = _spread(init_images, len(generators), "init_images")
-        for i, picture in enumerate(init_images):
-            if picture.size != (width, height):
-                raise ValueError(
-                    f"init_images[{i}] is {picture.width}×{picture.height}, but the picture asked for is {width}×{height}:"
-                    " resize it, or pass its own width and height."
-                )
-        pixels = torch.stack([pixels_of(to_rgb(picture)) for picture in init_images])
+    def _encode_each(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Pixels (N, 3, H, W) → latents (N, 4, h, w), each drawn from its own generator."""
         pairs = zip(pixels.split(1), generators, strict=True)
-        return torch.cat([self.encode_images(one, generator) for one, generator in pairs]), pixels
+        return torch.cat([self.encode_images(one, generator) for one, generator in pairs])
 
-    def _read_masks(self, masks: list[Image.Image], n: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Where to keep the original, as pixels (N, 1, H, W) bool; and where to paint, as latents (N, 1, h, w), 0 or 1."""
-        masks = _spread(masks, n, "masks")
-        for i, mask in enumerate(masks):
-            if mask.size != (width, height):
-                raise ValueError(f"masks[{i}] is {mask.width}×{mask.height}, but the picture is {width}×{height}.")
-        paint = torch.stack([pixels_of(mask.convert("RGB"))[:1] >= 0 for mask in masks]).to(
-            self.device
-        )  # white = paint
-        latent = F.interpolate(paint.float(), size=(height // 8, width // 8))  # nearest, as diffusers does
-        return ~paint, latent
+    def _as_context(self, encodings: Tensor | None) -> Tensor | None:
+        return None if encodings is None else encodings.to(self.device, self.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Interpolation
+# Interpolation: along the sphere for noise; encodings of prompts lie on none, there `torch.lerp` is right
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -363,39 +343,6 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     if angle.sin() < 1e-4:  # (anti)parallel: the line is as good
         return torch.lerp(a, b, share)
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checks
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _spread(values: object, n: int, name: str) -> list:
-    """One value for all pictures, or one each."""
-    values = [values] if not isinstance(values, list | tuple) else list(values)
-    if len(values) == 1:
-        return values * n
-    if len(values) != n:
-        raise ValueError(f"{name}: {len(values)} given for {n} prompts; pass one for all or one each.")
-    return values
-
-
-def _spread_seeds(seeds: int | Sequence[int], n: int) -> list[int]:
-    seeds = [seeds + i for i in range(n)] if isinstance(seeds, int) else list(seeds)
-    if len(seeds) != n:
-        raise ValueError(f"seeds: {len(seeds)} given for {n} prompts; pass one number, or one each.")
-    return seeds
-
-
-def _check_request(texts: list[str], height: int, width: int, factor: int, scale: float, rescale: float) -> None:
-    if not texts:
-        raise ValueError("prompts is empty: pass at least one prompt.")
-    if height % factor or width % factor or min(height, width) < factor:
-        raise ValueError(f"height and width must be positive and divisible by {factor}, not {height} and {width}.")
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale must be a finite number, not {scale}.")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"guidance_rescale must lie in [0, 1], not {rescale}.")
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -22,7 +22,7 @@ from pretrained_files import load_strict, locate, read_folder_weights, read_json
 # Prompt weighting: "(red:1.3) fox" asks for more red, "(tail:0.5)" for less tail
 # ----------------------------------------------------------------------------------------------------------------------
 
-_WEIGHTED = re.compile(r"(?<!\\)\(((?:[^()\\]|\\.)*?):\s*(-?\d+(?:\.\d+)?)\)")
+_WEIGHTED = re.compile(r"(?<!\\)\(((?:[^()\\]|\\.)*?):\s*(-?\d*\.?\d+)\s*\)")
 
 
 def split_weights(prompt: str) -> list[tuple[str, float]]:
@@ -56,7 +56,7 @@ class TextEncoder:
         """Token ids and weights of a prompt, start and end included, padded to L; too long is cut, with a warning."""
         ids, weights = [], []
         for text, weight in split_weights(prompt):
-            piece = self.tokenizer(text, add_special_tokens=False).input_ids
+            piece = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             ids += piece
             weights += [weight] * len(piece)
         room = self.length - 2
@@ -77,11 +77,11 @@ class TextEncoder:
         context = self.model(torch.tensor(ids, device=device)).last_hidden_state  # (N, L, D)
         if all(weight == 1.0 for row in weights for weight in row):
             return context
-        # Scale each word's vector, then the whole so that its mean stays: attention's logits keep their size.
+        # Scale each word's vector, then the whole back to its length: attention's logits keep their size.
         scaled = context * torch.tensor(weights, device=device, dtype=dtype)[..., None]
-        means = context.mean(dim=(1, 2), keepdim=True) / scaled.mean(dim=(1, 2), keepdim=True)
+        length, now = (x.float().pow(2).mean(dim=(1, 2), keepdim=True).sqrt() for x in (context, scaled))  # (N, 1, 1)
         changed = torch.tensor([any(w != 1.0 for w in row) for row in weights], device=device)[:, None, None]
-        return torch.where(changed, scaled * means, context)
+        return torch.where(changed, scaled * (length / now).to(dtype), context)
 
     def save(self, model_folder: str | os.PathLike, tokenizer_folder: str | os.PathLike, dtype: torch.dtype) -> None:
         """Writes the two folders as `transformers` does."""

@@ -1,0 +1,71 @@
+"""Classifier-free guidance: ask the U-Net with the words and without, and exaggerate the difference.
+
+Papers: Ho & Salimans 2022 (arXiv:2207.12598); rescaled against over-exposure, Lin et al. 2024 (arXiv:2305.08891);
+between two noise levels only, Kynkäänniemi et al. 2024 (arXiv:2404.07724).
+
+Letters: N pictures, h × w the size of their latents, L text positions, D width of the text encoding.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from samplers import Predict, TimestepGrid
+
+Ask = Callable[[Tensor, float, Tensor], Tensor]  # (x_t, t, context) -> the U-Net's prediction, ε or v
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly, how corrected and when pictures are pushed towards their prompts; ValueError out of range."""
+
+    scale: float = 7.5  # 0 = unconditional, 1 = conditional, beyond = exaggerated
+    rescale: float = 0.0  # φ in [0, 1]: how much of the conditional prediction's spread is restored
+    interval: tuple[float, float] = (0.0, math.inf)  # of σ = √((1-ᾱ)/ᾱ); outside, the model is merely conditional
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {self.scale!r}.")
+        if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance_rescale must be a number from 0 to 1, not {self.rescale!r}.")
+        ends = self.interval if isinstance(self.interval, tuple | list) else ()
+        if len(ends) != 2 or not all(isinstance(end, Real) for end in ends) or not ends[0] <= ends[1]:
+            raise ValueError(
+                "guidance_interval must be two noise levels σ, the lower first, such as (0.3, 5), "
+                f"not {self.interval!r}."
+            )
+
+    @property
+    def needs_unconditional(self) -> bool:
+        return self.scale != 1
+
+    def combine(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
+        """Two predictions (N, 4, h, w) → the guided one (Ho & Salimans 2022, Equation 6, where w = scale - 1)."""
+        guided = unconditional + self.scale * (conditional - unconditional)
+        if self.rescale == 0:
+            return guided
+        # Lin et al. 2024, Equations 14-16: a share φ of the way back to the conditional prediction's spread.
+        spread, too_wide = (p.std(dim=(1, 2, 3), keepdim=True) for p in (conditional, guided))  # (N, 1, 1, 1)
+        return guided * (self.rescale * spread / too_wide.clamp(min=1e-12) + 1 - self.rescale)
+
+    def predictor(self, ask: Ask, context: Tensor, empty: Tensor | None, walk: TimestepGrid) -> Predict:
+        """The U-Net as samplers see it, (x_t, t) → prediction, asked once a step.
+
+        `context` and `empty`: encodings (N, L, D) of the prompts, and of the negative prompts if they are needed.
+        """
+        low, high = self.interval
+        sigma_at = {t: math.sqrt((1 - a) / a) if a > 0 else math.inf for t, a, _ in walk}
+
+        def predict(x_t: Tensor, t: float) -> Tensor:
+            if empty is None or not low <= sigma_at[t] <= high:
+                return ask(x_t, t, context)
+            if self.scale == 0:
+                return ask(x_t, t, empty)
+            both = ask(torch.cat([x_t, x_t]), t, torch.cat([empty, context]))  # one batch of 2N
+            return self.combine(*both.chunk(2))
+
+        return predict
