@@ -471,9 +471,9 @@ class Reporter:
         print(f"\nDone. Pictures: {path / 'samples'}, loss: {path / 'loss.png'}, model: {path / 'model'}")
         if self.options.preset == "monsters":
             print(
-                "What to expect after these few minutes: soft creatures on white, in the colours asked for now and then.\n"
-                "Next: open sample_stable_diffusion.ipynb, whose model was trained for longer, or point it at this\n"
-                "one; on a GPU, train on real pictures with `python train_stable_diffusion.py --dataset FOLDER_OR_HUB_ID`."
+                "What to expect after these few minutes: soft creatures on white, often in the colour asked for.\n"
+                "Next: open sample_stable_diffusion.ipynb, whose model was trained for longer, or point it here;\n"
+                "on a GPU, train on real pictures: python train_stable_diffusion.py --dataset FOLDER_OR_HUB_ID"
             )
 
 

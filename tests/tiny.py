@@ -51,7 +51,7 @@ def tiny_vae() -> VAE:
 
 
 def tiny_unet(context_dim: int = 32, randomise: bool = True) -> UNet:
-    """Two levels, the deeper one attending; `randomise` undoes the zero initialisation, so that outputs depend on inputs."""
+    """Two levels, the deeper one attending; `randomise` undoes the zero initialisation, so that inputs matter."""
     config = UNetConfig(
         block_out_channels=(16, 32),
         layers_per_block=1,
