@@ -469,6 +469,8 @@ class Reporter:
             print(f"Stopped at step {step} and saved; go on with --resume --output_dir {path}")
             return
         print(f"\nDone. Pictures: {path / 'samples'}, loss: {path / 'loss.png'}, model: {path / 'model'}")
+        if self.device.type == "cuda":
+            print(f"Peak GPU memory: {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
         if self.options.preset == "monsters":
             print(
                 "What to expect after these few minutes: soft creatures on white, often in the colour asked for.\n"
