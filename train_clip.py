@@ -8,6 +8,8 @@ opens wherever CLIP does; Stable Diffusion takes its text half.
 
 writes the folder `clip/` (averaged weights, tokenizer, picture preprocessing) into the output folder, beside
 metrics.csv, loss.png and retrieval.png. Use it with `--text_encoder stable_diffusion_results/my_clip/clip`.
+The defaults are for a GPU; a CPU wants smaller ones, such as --patch_size 12 --vision_width 128 --vision_layers 3
+--text_width 128 --text_layers 2 --batch_size 64 --fresh_monsters 4 --pool 8192.
 
 Letters: N pictures with their captions, R pixels a side, L tokens of a caption, P width of the space where both meet.
 """
