@@ -14,8 +14,6 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from samplers import Predict, TimestepGrid
-
 Ask = Callable[[Tensor, float, Tensor], Tensor]  # (x_t, t, context) -> the U-Net's prediction, ε or v
 
 
@@ -52,20 +50,16 @@ class Guidance:
         spread, too_wide = (p.std(dim=(1, 2, 3), keepdim=True) for p in (conditional, guided))  # (N, 1, 1, 1)
         return guided * (self.rescale * spread / too_wide.clamp(min=1e-12) + 1 - self.rescale)
 
-    def predictor(self, ask: Ask, context: Tensor, empty: Tensor | None, walk: TimestepGrid) -> Predict:
-        """The U-Net as samplers see it, (x_t, t) → prediction, asked once a step.
+    def predict(self, ask: Ask, x_t: Tensor, context: Tensor, empty: Tensor, t: float, alpha_bar: float) -> Tensor:
+        """The guided prediction (N, 4, h, w) for x_t at timestep t, where ᾱ is `alpha_bar`; one question to the U-Net.
 
-        `context` and `empty`: encodings (N, L, D) of the prompts, and of the negative prompts if they are needed.
+        `context` and `empty` (N, L, D) are the encodings of the prompts and of the negative prompts.
         """
         low, high = self.interval
-        sigma_at = {t: math.sqrt((1 - a) / a) if a > 0 else math.inf for t, a, _ in walk}
-
-        def predict(x_t: Tensor, t: float) -> Tensor:
-            if empty is None or not low <= sigma_at[t] <= high:
-                return ask(x_t, t, context)
-            if self.scale == 0:
-                return ask(x_t, t, empty)
-            both = ask(torch.cat([x_t, x_t]), t, torch.cat([empty, context]))  # one batch of 2N
-            return self.combine(*both.chunk(2))
-
-        return predict
+        sigma = math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar > 0 else math.inf
+        if not self.needs_unconditional or not low <= sigma <= high:
+            return ask(x_t, t, context)
+        if self.scale == 0:
+            return ask(x_t, t, empty)
+        both = ask(torch.cat([x_t, x_t]), t, torch.cat([empty, context]))  # one batch of 2N
+        return self.combine(*both.chunk(2))

@@ -241,9 +241,9 @@ class StableDiffusion:
             noise: starting noise (N, 4, h, w) instead of the seeds', for interpolations.
             callback: called after each step with (step, t, x_t, predicted x_0); a tensor it returns replaces x_t.
 
-        Picture k of a batch starts from the noise that its seed gives alone and sees no other picture; what may differ
-        with the batch size is the order of sums in the matrix kernels, in the last bits of float32. The pictures'
-        `info["parameters"]` says how they were made. Raises ValueError, in one sentence, before any network runs.
+        Picture k of a batch is the picture that its seed gives alone: on a CPU bit for bit, for the same number of
+        threads; on a GPU, where batches are faster, but for the order of sums in the matrix kernels. The pictures'
+        `info["parameters"]` say how they were made. Raises ValueError, in one sentence, before any network runs.
         """
         # What was asked for, checked.
         encoded = isinstance(prompts, Tensor)
@@ -271,11 +271,12 @@ class StableDiffusion:
             check_tensor(noise, (n, *shape[1:]), "noise")
 
         # Words.
-        context = prompts if encoded else self.encode_prompts(texts)  # (N, L, D)
-        empty = self.encode_prompts(negatives) if guidance.needs_unconditional else None
+        context = prompts if encoded else self._encode_each_prompt(texts)  # (N, L, D)
+        empty = self._encode_each_prompt(negatives) if guidance.needs_unconditional else context
+        context, empty = (words.to(self.device, self.dtype) for words in (context, empty))
 
         # The start: noise alone, or a picture under noise.
-        latents = None if original is None else self._encode_each(original, generators)
+        latents = None if original is None else self._encode_each_picture(original, generators)
         unit_noise = draw() if noise is None else noise.to(self.device, torch.float32)
         if paint is not None:
             mask = F.interpolate(paint, size=shape[2:]).to(self.device)  # (N, 1, h, w), nearest, as diffusers
@@ -285,15 +286,16 @@ class StableDiffusion:
         x = walk.start(unit_noise) if from_noise else walk.noised(latents, unit_noise)  # (N, 4, h, w)
 
         # The walk.
+        level_at = dict(zip(walk.timesteps, walk.levels, strict=True))
+        together = 1 if self.device.type == "cpu" else n  # a CPU gains nothing from a batch, and so gives the same bits
         with tqdm(total=len(walk), desc=f"sampling with {sampler}", unit="step", disable=not progress) as bar:
 
-            def ask(x_t: Tensor, t: float, context: Tensor) -> Tensor:
-                timesteps = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
-                prediction = self.unet(x_t.to(self.dtype), timesteps, context).float()
+            def predict(x_t: Tensor, t: float) -> Tensor:
+                parts = zip(*(tensor.split(together) for tensor in (x_t, context, empty)), strict=True)
+                made = torch.cat([guidance.predict(self._ask, *part, t, level_at[t]) for part in parts])
                 bar.update()
-                return prediction
+                return made
 
-            predict = guidance.predictor(ask, self._as_context(context), self._as_context(empty), walk)
             x0 = SAMPLERS[sampler](predict, x, self.schedule, walk, noise=draw, callback=callback, eta=eta)
 
         # Pixels.
@@ -320,13 +322,20 @@ class StableDiffusion:
         told = {name: value for name, value in told.items() if value is not None}
         return timestep_grid(sampler, self.schedule, steps, **grid_options(sampler, self.scheduler_config) | told)
 
-    def _encode_each(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def _encode_each_picture(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Pixels (N, 3, H, W) → latents (N, 4, h, w), each drawn from its own generator."""
         pairs = zip(pixels.split(1), generators, strict=True)
         return torch.cat([self.encode_images(one, generator) for one, generator in pairs])
 
-    def _as_context(self, encodings: Tensor | None) -> Tensor | None:
-        return None if encodings is None else encodings.to(self.device, self.dtype)
+    def _encode_each_prompt(self, texts: list[str]) -> Tensor:
+        """Texts → (N, L, D), each distinct one encoded alone: its encoding depends on no neighbour, to the last bit."""
+        encodings = {text: self.encode_prompts([text]) for text in dict.fromkeys(texts)}
+        return torch.cat([encodings[text] for text in texts])
+
+    def _ask(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
+        """The U-Net's prediction (N, 4, h, w), ε or v, in float32."""
+        timesteps = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
+        return self.unet(x_t.to(self.dtype), timesteps, context).float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
