@@ -13,6 +13,7 @@ Salimans 2022), min-SNR (Hang et al. 2023), zero-terminal SNR (Lin et al. 2024).
 import contextlib
 import math
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -342,7 +343,7 @@ def main(argv: list[str]) -> None:
         folder.start_wandb(options.wandb, "stable-diffusion-from-scratch", options)
         _say_hello(options, model, data, chosen, held_out, processes, precision)
 
-    reporter = Reporter(options, model, data, held_out, folder, precision, device) if is_main else None
+    reporter = Reporter(options, model, data, held_out, folder, precision, device, first_step) if is_main else None
     gamma = options.min_snr_gamma or None
     stop = StopRequest()
     progress = tqdm(total=options.max_steps, initial=first_step, unit="step", disable=not is_main, smoothing=0.05)
@@ -404,18 +405,21 @@ class Reporter:
         folder: RunFolder,
         precision: torch.dtype,
         device: torch.device,
+        first_step: int,
     ) -> None:
         self.options, self.model, self.data, self.held_out, self.folder = options, model, data, held_out, folder
         self.device, self.precision = device, precision
         captions = data.captions[1:] or [""]
         evenly = [captions[i * len(captions) // 8] for i in range(min(8, len(captions)))]
         self.prompts = options.preview_prompts or evenly
+        self.timed_step, self.timed_at = first_step, time.perf_counter()  # pictures/s leave out what is done here
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
     def log(self, step: int, progress: tqdm, **values: float) -> None:
-        speed = (progress.format_dict["rate"] or 0.0) * self.options.batch_size
+        speed = (step - self.timed_step) * self.options.batch_size / (time.perf_counter() - self.timed_at)
+        self.timed_step, self.timed_at = step, time.perf_counter()
         progress.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.1f} pictures/s")
         self.folder.log(step, pictures_per_second=speed, **values)
 
@@ -436,6 +440,8 @@ class Reporter:
             self.folder.plot({"loss": "training (weighted)", "validation_loss": "held out"}, "loss")
         if due["preview"]:
             self.preview(step)
+        if any(due.values()):
+            self.timed_step, self.timed_at = step, time.perf_counter()
 
     def _intervals(self) -> dict[str, int]:
         o = self.options
