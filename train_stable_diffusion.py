@@ -14,6 +14,7 @@ import contextlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import pictures
 from diffusion_model import NoiseSchedule, UNet, UNetConfig
+from memory_forecast import forecast
 from pokemon_dataset import DEFAULT_DATASET, CaptionedLatents, fingerprint, load_captioned_pictures, prepare
 from stable_diffusion_model import StableDiffusion, choose_device
 from text_encoder import TextEncoder
@@ -82,7 +84,7 @@ class Options:
     layers_per_block: int = _option(2, "residual blocks per level")
     norm_num_groups: int = _option(32, "groups of the group norms")
     # The objective
-    prediction_type: str = _option("epsilon", "epsilon or v_prediction (a pretrained model brings its own)")
+    prediction_type: str | None = _option(None, "epsilon or v_prediction; default: --pretrained's own, else epsilon")
     zero_terminal_snr: bool = _option(False, "end the schedule in pure noise; needs v_prediction")
     min_snr_gamma: float = _option(5.0, "gamma of the min-SNR weighting; 0 = unweighted")
     noise_offset: float = _option(
@@ -100,6 +102,7 @@ class Options:
     ema_decay: float = _option(
         0.9995, "of the averaged weights that are saved and sampled; 0 = no average, saves memory"
     )
+    ema_on_cpu: bool = _option(False, "keep the average in the CPU's memory: less on the GPU, slower steps")
     precision: str = _option("auto", "auto, float32 or bfloat16")
     gradient_checkpointing: bool = _option(
         False, "recompute activations in the backward pass: less memory, a third slower"
@@ -170,19 +173,21 @@ PARTS = {"monsters": _SHIPPED, "pokemon": _PUBLISHED, "finetune": _PUBLISHED}  #
 
 def build_model(options: Options) -> StableDiffusion:
     """The model to train: a pretrained one, or a fresh U-Net between a VAE and a text encoder."""
+    name = Path(options.output_dir).name
     if options.pretrained:
         model = StableDiffusion.from_pretrained(options.pretrained, device="cpu")
         vae = VAE.load(options.vae) if options.vae else model.vae
         text_encoder = (
             TextEncoder.load(options.text_encoder, "--text_encoder") if options.text_encoder else model.text_encoder
         )
-        return StableDiffusion(
-            text_encoder, model.unet, vae, model.schedule, model.scheduler_config, options.output_dir
-        )
+        _check_objective(options, model.schedule)
+        return StableDiffusion(text_encoder, model.unet, vae, model.schedule, model.scheduler_config, name)
     parts = PARTS[options.preset]
     text_encoder = TextEncoder.load(options.text_encoder or parts["text_encoder"], "--text_encoder")
     vae = VAE.load(options.vae or parts["vae"])
-    schedule = NoiseSchedule(prediction_type=options.prediction_type, zero_terminal_snr=options.zero_terminal_snr)
+    schedule = NoiseSchedule(
+        prediction_type=options.prediction_type or "epsilon", zero_terminal_snr=options.zero_terminal_snr
+    )
     heads = options.num_attention_heads
     config = UNetConfig(
         in_channels=vae.config.latent_channels,
@@ -194,7 +199,20 @@ def build_model(options: Options) -> StableDiffusion:
         context_dim=text_encoder.width,
         norm_num_groups=options.norm_num_groups,
     )
-    return StableDiffusion(text_encoder, UNet(config), vae, schedule, name=Path(options.output_dir).name)
+    return StableDiffusion(text_encoder, UNet(config), vae, schedule, name=name)
+
+
+def _check_objective(options: Options, schedule: NoiseSchedule) -> None:
+    """A pretrained U-Net goes on predicting what it has learned to predict; asked for something else, say so."""
+    if options.prediction_type not in (None, schedule.prediction_type):
+        raise ValueError(
+            f"--prediction_type {options.prediction_type}: {options.pretrained} predicts {schedule.prediction_type}, "
+            "which it goes on doing; leave the option out."
+        )
+    if options.zero_terminal_snr and not schedule.zero_terminal_snr:
+        raise ValueError(
+            f"--zero_terminal_snr: the schedule of {options.pretrained} ends before pure noise; leave the option out."
+        )
 
 
 def load_data(options: Options, model: StableDiffusion, processes: Processes) -> CaptionedLatents:
@@ -302,11 +320,13 @@ def main(argv: list[str]) -> None:
     processes = join_processes(choose_device(options.device))
     device, is_main = processes.device, processes.is_main
     precision = resolve_precision(options.precision, device)
-    if options.batch_size % (processes.count * options.gradient_accumulation):
+    if options.gradient_accumulation < 1 or options.batch_size % (processes.count * options.gradient_accumulation):
         raise ValueError(
             f"--batch_size {options.batch_size} must be divisible by processes × --gradient_accumulation "
             f"({processes.count} × {options.gradient_accumulation})."
         )
+    if options.save_precision not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--save_precision {options.save_precision}: choose float32, bfloat16 or float16.")
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -314,12 +334,13 @@ def main(argv: list[str]) -> None:
     folder = RunFolder(options.output_dir, options, options.resume) if is_main else None
     data = load_data(options, model, processes)
     chosen, held_out = split_pictures(len(data), options.validation_share, options.seed, device)
-    model.vae.to("cpu")  # frozen and, until the next preview, idle
+    for frozen in (model.vae, model.text_encoder.model):
+        frozen.to("cpu")  # idle until the next preview
     model.schedule.to(device)
 
     unet = model.unet.to(device, memory_format=torch.channels_last).train()
     unet.gradient_checkpointing = options.gradient_checkpointing
-    ema = EMA(unet, options.ema_decay) if options.ema_decay else None
+    ema = EMA(unet, options.ema_decay, "cpu" if options.ema_on_cpu else device) if options.ema_decay else None
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=device.type != "mps"
     )
@@ -329,9 +350,10 @@ def main(argv: list[str]) -> None:
         state = RunFolder.load_state(Path(options.output_dir), device)
         unet.load_state_dict(state["unet"])
         if ema:
-            ema.module.load_state_dict(state["ema"])
+            ema.module.load_state_dict(state.get("ema", state["unet"]))  # none yet if it was off until now
         optimizer.load_state_dict(state["optimizer"])
         first_step = state["step"]
+        del state  # as large as all that was just filled from it
     wrapped: nn.Module = unet
     if options.compile:
         wrapped = torch.compile(wrapped)
@@ -414,8 +436,14 @@ class Reporter:
         self.prompts = options.preview_prompts or evenly
         self.timed_step, self.timed_at = first_step, time.perf_counter()  # pictures/s leave out what is done here
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The U-Net that is judged, on the device and under autocast; then back to where its average is kept."""
+        unet, home, was_training = self.model.unet, self.model.device, self.model.unet.training
+        unet.to(self.device).eval()
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            yield
+        unet.to(home).train(was_training)
 
     def log(self, step: int, progress: tqdm, **values: float) -> None:
         speed = (step - self.timed_step) * self.options.batch_size / (time.perf_counter() - self.timed_at)
@@ -428,7 +456,7 @@ class Reporter:
     ) -> None:
         due = {name: is_last or (every and step % every == 0) for name, every in self._intervals().items()}
         if due["validate"] and len(self.held_out) and self.options.validate_every:
-            with self.autocast():
+            with self.at_work():
                 loss = validation_loss(self.model.unet, self.data, self.held_out, self.model, self.options)
             self.folder.log(step, validation_loss=loss)
             tqdm.write(f"step {step}: validation loss {loss:.4f}")
@@ -450,10 +478,8 @@ class Reporter:
     def preview(self, step: int) -> None:
         """A sheet of samples from fixed noise and fixed prompts."""
         model, size = self.model, self.options.resolution
-        was_training = model.unet.training
-        model.unet.eval()
         model.vae.to(self.device)
-        with self.autocast():
+        with self.at_work():
             made = model.sample(
                 self.prompts,
                 steps=self.options.preview_steps,
@@ -462,7 +488,6 @@ class Reporter:
                 width=size,
             )
         model.vae.to("cpu")
-        model.unet.train(was_training)
         file = self.folder.path / "samples" / f"step_{step:06d}.png"
         pictures.save_png(pictures.grid(made, columns=4), file)
         (file.parent / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
@@ -502,6 +527,22 @@ def _say_hello(
         f"results in {options.output_dir}",
         file=sys.stderr,
     )
+    side = options.resolution // model.vae.config.downsampling
+    memory = forecast(
+        model.unet,
+        frozen=[model.vae, model.text_encoder.model],
+        latents=(options.batch_size // processes.count // options.gradient_accumulation, side, side),
+        length=model.text_encoder.length,
+        resident=sum(rows.resident.nbytes for rows in (data.moments, data.contexts) if rows.resident is not None),
+        device=processes.device,
+        precision=precision,
+        micro_batches=options.gradient_accumulation,
+        checkpointing=options.gradient_checkpointing,
+        averaged=bool(options.ema_decay),
+        average_on_cpu=options.ema_on_cpu,
+        processes=processes.count,
+    )
+    print(memory, file=sys.stderr)
 
 
 if __name__ == "__main__":

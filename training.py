@@ -207,17 +207,23 @@ def learning_rate_at(step: int, peak: float, warmup: int, total: int, floor: flo
 class EMA:
     """An exponential moving average of a network's weights (Polyak): noisy steps, smooth pictures.
 
-    The decay warms up as (1 + step) / (10 + step), so that the average forgets the random start soon.
+    The decay warms up as (1 + step) / (10 + step), so that the average forgets the random start soon. `device` is where
+    it is kept, the module's own if None.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, device: torch.device | str | None = None) -> None:
         self.decay = decay
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.module = copy.deepcopy(module).eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        averages, current = list(self.module.parameters()), list(module.parameters())
+        if averages[0].device == current[0].device:
+            torch._foreach_lerp_(averages, current, 1 - decay)
+        else:
+            for average, parameter in zip(averages, current, strict=True):  # one by one: no second copy of the network
+                average.lerp_(parameter.to(average.device), 1 - decay)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,14 +304,17 @@ class RunFolder:
 
     @staticmethod
     def load_state(folder: Path, device: torch.device) -> dict:
-        """What `save_state` wrote; a missing or damaged file is one sentence."""
+        """What `save_state` wrote; a missing or damaged file is one sentence.
+
+        For a GPU it stays mapped from the disk, so that resuming takes no more memory than training does.
+        """
         path = folder / "training_state.pt"
         if not path.is_file():
             raise FileNotFoundError(
                 f"--resume: {path} is missing: this run has not reached a checkpoint; start without --resume."
             )
         try:
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=device.type != "cpu", weights_only=True)
         except Exception as error:
             raise ValueError(
                 f"{path}: cannot be read ({str(error).splitlines()[0]}); start again without --resume."

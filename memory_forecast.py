@@ -1,0 +1,167 @@
+"""How much memory training will take, told before it starts: what stays, and a rehearsal of one step.
+
+What stays (weights, the optimizer's two moments, the average, the latents) is counted. What comes and goes (gradients,
+activations, autocast's copies in low precision) overlaps in ways no formula gets right, with gradient checkpointing
+least of all. So the real U-Net takes a real step on fake tensors, which have shapes and lifetimes but no numbers, and a
+meter adds up those that are alive. That takes a second or two, and no memory.
+
+Numbers are bytes; texts say GB (10⁹ bytes).
+"""
+
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffusion_model import UNet, UNetConfig
+
+# What PyTorch itself takes: Python and the libraries' own memory on a CPU, a context and workspaces on a GPU.
+RUNTIME = {"cpu": 1_000_000_000, "cuda": 600_000_000, "mps": 600_000_000}
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the tensors made while it is on: `now` alive, and at the `peak`."""
+
+    def __init__(self, already_there: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        # Views share their storage, so storages are what is counted. The list keeps the first ones alive.
+        self.first = [tensor.untyped_storage() for tensor in already_there]
+        self.known = weakref.WeakSet(self.first)
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def rehearse_step(
+    config: UNetConfig,
+    latents: tuple[int, int, int],
+    length: int,
+    accumulates: bool,
+    precision: torch.dtype,
+    checkpointing: bool,
+    device_type: str = "cpu",
+) -> int:
+    """Most bytes that gradients, activations and low-precision copies take together at one moment of a training step.
+
+    `latents`: pictures in a micro-batch, height and width of their latents; `length`: text positions. `accumulates`:
+    there is more than one micro-batch, so the gradients of the first are there when the second begins.
+    """
+    with FakeTensorMode(), torch.device(device_type):
+        unet = UNet(config)
+        unet.gradient_checkpointing = checkpointing
+        n = latents[0]
+        x, t = torch.empty(n, config.in_channels, *latents[1:]), torch.zeros(n)
+        context = torch.empty(n, length, config.context_dim)
+        with Meter([*unet.parameters(), x, t, context]) as meter:
+            for _ in range(2 if accumulates else 1):
+                with torch.autocast(device_type, dtype=precision, enabled=precision != torch.float32):
+                    loss = unet(x, t, context).float().square().mean()
+                loss.backward()
+        return meter.peak
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of a network's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that the device has in all; None if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes by what they are for, on a device that `has` so many (None: unknown), and what would make it less."""
+
+    parts: dict[str, int]
+    device: str
+    has: int | None = None
+    remedies: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {_gb(size)}" for name, size in self.parts.items() if size >= 5e6)
+        text = f"Memory: about {_gb(self.total)} GB ({listed})"
+        text += f"; this {self.device} has {_gb(self.has)}." if self.has else "."
+        if self.has and self.total > self.has:
+            text += f"\nwarning: that is more than it has; try {', or '.join(self.remedies)}."
+        return text
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.2f}"
+
+
+def forecast(
+    unet: UNet,
+    frozen: list[nn.Module],
+    latents: tuple[int, int, int],
+    length: int,
+    resident: int,
+    device: torch.device,
+    precision: torch.dtype,
+    micro_batches: int = 1,
+    checkpointing: bool = False,
+    averaged: bool = False,
+    average_on_cpu: bool = False,
+    processes: int = 1,
+) -> Forecast:
+    """What training `unet` with AdamW will take on `device`.
+
+    `frozen`: the networks that are not trained, which wait in the CPU's memory; `latents` and `length` of a micro-batch
+    as in `rehearse_step`; `resident`: bytes of the cached latents and texts on the device. `averaged`: an EMA is kept,
+    perhaps `average_on_cpu`.
+    """
+    on_cpu = device.type == "cpu"
+    weights = bytes_of(unet)
+    kernels = device.type if device.type == "cuda" else "cpu"  # whose autocast and attention are rehearsed
+    step = rehearse_step(unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels)
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "AdamW": 2 * weights,
+        "EMA": weights if averaged and (on_cpu or not average_on_cpu) else 0,
+        "activations": max(step - weights, 0),  # at the step's worst moment, when not all gradients may be there yet
+        "gradients in transit": weights if processes > 1 else 0,  # DistributedDataParallel's buckets
+        "VAE and text encoder": sum(bytes_of(module) for module in frozen) if on_cpu else 0,
+        "data": resident,
+        "PyTorch": RUNTIME.get(device.type, 0),
+    }
+    remedies = {
+        "--gradient_checkpointing": not checkpointing,
+        f"--gradient_accumulation {micro_batches * latents[0]}": latents[0] > 1,
+        "--precision bfloat16": precision == torch.float32,
+        "--ema_decay 0": bool(parts["EMA"]),
+        "--ema_on_cpu": bool(parts["EMA"]) and not on_cpu,
+    }
+    helpful = [option for option, helps in remedies.items() if helps] or ["a lower --resolution"]
+    return Forecast(parts, "machine" if on_cpu else "GPU", memory_of(device), helpful)
