@@ -342,6 +342,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         safetensors.torch.save_file(own, temporary, metadata={"format": "pt"} | (metadata or {}))
+        temporary.chmod(0o644)  # the library lets nobody else read it, which surprises in shared folders
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -236,157 +236,182 @@ def reconstruction_sheet(vae: VAE, images: Tensor, columns: int = 4) -> "picture
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class PictureSets:
+    """The pictures of all sources on the device, some of each held out; every source is seen equally often."""
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.held_out: dict[str, Tensor] = {}  # uint8 (n, 3, R, R), in host memory
+        self.rows: list[Tensor] = []  # of each source: where its training pictures are in `images`
+        training, count, n = [], 0, options.validation_pictures
+        for source in options.dataset:
+            images = load_pictures(source, options.resolution)
+            if len(images) < 2 * n:
+                raise ValueError(f"--validation_pictures {n}: {source} has only {len(images)} pictures.")
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
+            self.held_out[source] = images[order[:n]]
+            training.append(images[order[n:]])
+            self.rows.append(torch.arange(count, count + len(images) - n, device=device))
+            count += len(images) - n
+        self.images = torch.cat(training).to(device)  # uint8 (N, 3, R, R)
+        self.crops = Crops(self.images, options.crop, options.blank_weight)
+
+    def batch(self, step: int) -> Tensor:
+        """The crops of a step, (batch_size, 3, size, size) in [-1, 1]: a function of (seed, step)."""
+        sources, seed = len(self.rows), self.options.seed
+        shares = [(self.options.batch_size + i) // sources for i in range(sources)]
+        parts = [
+            rows[batch_indices(len(rows), n, step, seed, self.device)]
+            for rows, n in zip(self.rows, shares, strict=True)
+            if n
+        ]
+        crops = self.crops(torch.cat(parts), generator_for(self.device, seed, "crops", step))
+        return crops.contiguous(memory_format=torch.channels_last)
+
+    def some(self) -> Tensor:
+        """Up to 128 training pictures of each source, uint8, always the same."""
+        chosen = [rows[batch_indices(len(rows), min(128, len(rows)), 0, 0, self.device)] for rows in self.rows]
+        return self.images[torch.cat(chosen)]
+
+
+class Training:
+    """Networks, optimizers and averages of a run, and the step that moves them."""
+
+    PARTS = ("vae", "ema", "discriminator", "optimizer", "critic")  # what a checkpoint holds
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.precision = resolve_precision(options.precision, device)
+        if options.pretrained:
+            vae = VAE.load(options.pretrained)
+        else:
+            shape = ("block_out_channels", "layers_per_block", "norm_num_groups")
+            vae = VAE(VAEConfig(**{name: getattr(options, name) for name in shape}))
+        self.vae = vae.to(device, memory_format=torch.channels_last).train()
+        self.discriminator = PatchDiscriminator().to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(
+            self.vae.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+        )
+        self.critic = torch.optim.AdamW(self.discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9))
+        self.average = EMA(self.vae, options.ema_decay)
+        self.ema = self.average.module
+        self.reconstruct: nn.Module = Reconstruct(self.vae)
+        if options.compile:
+            self.reconstruct = torch.compile(self.reconstruct)
+
+    def state(self) -> dict[str, dict]:
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
+
+    def load_state(self, state: dict) -> None:
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
+
+    def step(self, real: Tensor, step: int) -> Tensor:
+        """One step on crops (N, 3, H, W): returns its loss, L1 and KL as a tensor (3,), still on the device."""
+        options = self.options
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
+        adversarial = 0 <= options.discriminator_start <= step
+        torch.manual_seed(options.seed * 1_000_003 + step)  # of the posterior's noise, drawn inside the forward
+        with self.autocast():
+            terms = reconstruction_loss(self.reconstruct, real, options)
+        loss = terms["loss"]
+        if adversarial:
+            with self.autocast():
+                fooled = -self.discriminator(terms["made"]).float().mean()
+            weight = adaptive_weight(loss, fooled, self.vae.decoder.conv_out.weight)
+            loss = loss + options.discriminator_weight * weight * fooled
+        self._descend(self.optimizer, loss)
+        self.average.update(self.vae, step)
+        if adversarial:
+            with self.autocast():
+                critic_loss = self.discriminator.loss(real, terms["made"].detach()).float()
+            self._descend(self.critic, critic_loss)
+        return torch.stack([terms[name].detach() for name in ("loss", "l1", "kl")])
+
+    def _descend(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.options.gradient_clip)
+        optimizer.step()
+
+    def learning_rate(self, step: int) -> float:
+        options = self.options
+        return learning_rate_at(step, options.learning_rate, options.warmup_steps, options.max_steps, floor=0.02)
+
+
+def validate(vae: VAE, held_out: dict[str, Tensor], folder: RunFolder, step: int) -> dict[str, float]:
+    """Mean PSNR and SSIM over the sources; each one's go to the screen and scores.json, with a sheet of pictures."""
+    scores = {source: dict(zip(("psnr", "ssim"), measure(vae, some), strict=True)) for source, some in held_out.items()}
+    for source, score in scores.items():
+        tqdm.write(f"step {step}: {source}: held-out PSNR {score['psnr']:.2f} dB, SSIM {score['ssim']:.4f}")
+    folder.write_text("scores.json", json.dumps({"step": step, "held_out": scores}, indent=2) + "\n")
+    file = folder.path / "samples" / f"step_{step:06d}.png"
+    pictures.save_png(reconstruction_sheet(vae, torch.cat([some[:4] for some in held_out.values()])), file)
+    folder.log_picture(step, "reconstructions", file)
+    return {name: float(np.mean([score[name] for score in scores.values()])) for name in ("psnr", "ssim")}
+
+
+def checkpoint(training: Training, sets: PictureSets, folder: RunFolder, step: int) -> None:
+    """vae_model.pth with the averaged weights and the measured scaling factor; all that a resumed run needs; plots."""
+    generator = generator_for(training.device, training.options.seed, "scaling")
+    training.ema.config.scaling_factor = measure_scaling_factor(training.ema, sets.some(), generator)
+    training.ema.save(folder.path / "vae_model.pth")
+    folder.save_state(training.state() | {"step": step})
+    folder.plot({"psnr": "held-out PSNR (dB)"}, "PSNR (dB)", "psnr.png")
+    folder.plot({"loss": "training loss"}, "loss", log_scale=True)
+
+
 def main(argv: list[str]) -> None:
     options = parse_options(Options, argv)
     device = choose_device(options.device)
-    precision = resolve_precision(options.precision, device)
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    training = Training(options, device)
     folder = RunFolder(options.output_dir, options, options.resume, COLUMNS)
-
-    # Data: the last pictures of each source are held out.
-    training, held_out = [], {}
-    for source in options.dataset:
-        images = load_pictures(source, options.resolution)
-        n = options.validation_pictures
-        if len(images) < 2 * n:
-            raise ValueError(f"--validation_pictures {n}: {source} has only {len(images)} pictures.")
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
-        held_out[source] = images[order[:n]]
-        training.append(images[order[n:]])
-    images = torch.cat(training).to(device)
-    crops = Crops(images, options.crop, options.blank_weight)
-    # Every source is seen equally often, however many pictures it has.
-    source_of = torch.cat([torch.full((len(t),), i) for i, t in enumerate(training)])
-    by_source = [(source_of == i).nonzero().squeeze(1).to(device) for i in range(len(training))]
-
-    # Networks
-    if options.pretrained:
-        vae = VAE.load(options.pretrained)
-    else:
-        shape = {name: getattr(options, name) for name in ("block_out_channels", "layers_per_block", "norm_num_groups")}
-        vae = VAE(VAEConfig(**shape))
-    vae = vae.to(device, memory_format=torch.channels_last).train()
-    discriminator = PatchDiscriminator().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
-    )
-    critic = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
-    ema = EMA(vae, options.ema_decay)
+    sets = PictureSets(options, device)
     first_step = 0
     if options.resume:
         state = folder.load_state(folder.path, device)
-        vae.load_state_dict(state["vae"])
-        ema.module.load_state_dict(state["ema"])
-        discriminator.load_state_dict(state["discriminator"])
-        optimizer.load_state_dict(state["optimizer"])
-        critic.load_state_dict(state["critic"])
+        training.load_state(state)
         first_step = state["step"]
         folder.forget_after(first_step)
     folder.start_wandb(options.wandb, "stable-diffusion-vae", options)
-    reconstruct_images = Reconstruct(vae)
-    if options.compile:
-        reconstruct_images = torch.compile(reconstruct_images)
-    millions = sum(p.numel() for p in vae.parameters()) / 1e6
-    print(f"{millions:.1f} M parameters, {len(images)} pictures, {device.type}, {precision}; results in {folder.path}")
-
-    def autocast() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-
-    def batch_of(step: int) -> Tensor:
-        share = [
-            options.batch_size // len(by_source) + (i < options.batch_size % len(by_source))
-            for i in range(len(by_source))
-        ]
-        parts = [
-            rows[batch_indices(len(rows), n, step, options.seed, device)]
-            for rows, n in zip(by_source, share, strict=True)
-            if n
-        ]
-        return crops(torch.cat(parts), generator_for(device, options.seed, "crops", step))
-
-    def validate(step: int) -> dict[str, float]:
-        vae_ema = ema.module
-        scores = {source: measure(vae_ema, pictures_) for source, pictures_ in held_out.items()}
-        for source, (psnr, ssim) in scores.items():
-            tqdm.write(f"step {step}: {source}: held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
-        sheet = reconstruction_sheet(vae_ema, torch.cat([p[:4] for p in held_out.values()]))
-        file = folder.path / "samples" / f"step_{step:06d}.png"
-        pictures.save_png(sheet, file)
-        folder.log_picture(step, "reconstructions", file)
-        means = np.mean(list(scores.values()), axis=0)
-        folder.last_scores = {source: {"psnr": s[0], "ssim": s[1]} for source, s in scores.items()}
-        return {"psnr": float(means[0]), "ssim": float(means[1])}
-
-    def checkpoint(step: int) -> None:
-        generator = generator_for(device, options.seed, "scaling")
-        some = [images[batch_indices(len(rows), min(128, len(rows)), 0, 0, device) + rows[0]] for rows in by_source]
-        ema.module.config.scaling_factor = measure_scaling_factor(ema.module, torch.cat(some), generator)
-        ema.module.save(folder.path / "vae_model.pth")
-        state = {
-            "vae": vae,
-            "ema": ema.module,
-            "discriminator": discriminator,
-            "optimizer": optimizer,
-            "critic": critic,
-        }
-        folder.save_state({name: part.state_dict() for name, part in state.items()} | {"step": step})
-        folder.plot({"psnr": "held-out PSNR (dB)"}, "PSNR (dB)", "psnr.png")
-        folder.plot({"loss": "training loss"}, "loss", log_scale=True)
+    millions = sum(p.numel() for p in training.vae.parameters()) / 1e6
+    print(
+        f"{millions:.1f} M parameters, {len(sets.images)} pictures, {device.type}, "
+        f"{str(training.precision).removeprefix('torch.')}; results in {folder.path}"
+    )
 
     stop = StopRequest()
     progress = tqdm(total=options.max_steps, initial=first_step, unit="step")
     recent: list[Tensor] = []
-    for step in range(first_step, options.max_steps):
-        rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, options.max_steps, floor=0.02)
-        optimizer.param_groups[0]["lr"] = rate
-        real = batch_of(step).contiguous(memory_format=torch.channels_last)
-        adversarial = 0 <= options.discriminator_start <= step
-
-        torch.manual_seed(options.seed * 1_000_003 + step)  # the posterior's noise, inside the compiled forward
-        with autocast():
-            terms = reconstruction_loss(reconstruct_images, real, options)
-        loss = terms["loss"]
-        if adversarial:
-            with autocast():
-                fooled = -discriminator(terms["made"]).float().mean()
-            weight = adaptive_weight(loss, fooled, vae.decoder.conv_out.weight)
-            loss = loss + options.discriminator_weight * weight * fooled
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), options.gradient_clip)
-        optimizer.step()
-        ema.update(vae, step)
-
-        if adversarial:
-            with autocast():
-                critic_loss = discriminator.loss(real, terms["made"].detach()).float()
-            critic.zero_grad(set_to_none=True)
-            critic_loss.backward()
-            critic.step()
-
-        recent.append(torch.stack([terms["loss"].detach(), terms["l1"].detach(), terms["kl"].detach()]))
+    step = first_step
+    while step < options.max_steps and not stop.asked:
+        recent.append(training.step(sets.batch(step), step))
+        step += 1
         progress.update()
-        done = step + 1
-        is_last = done == options.max_steps or stop.asked
-        if done % options.log_every == 0 or is_last:
-            mean_loss, l1, kl = torch.stack(recent).mean(dim=0).tolist()
+
+        is_last = step == options.max_steps or stop.asked
+        if is_last or step % options.log_every == 0:
+            loss, l1, kl = torch.stack(recent).mean(dim=0).tolist()
             recent.clear()
-            if not np.isfinite(mean_loss):
+            if not np.isfinite(loss):
                 raise FloatingPointError(
-                    f"step {done}: the loss is {mean_loss}; go on from the last checkpoint with --resume "
-                    "and a lower --learning_rate."
+                    f"step {step}: the loss is {loss}; go on from the last checkpoint with --resume and a lower "
+                    "--learning_rate."
                 )
-            progress.set_postfix(loss=f"{mean_loss:.4f}", l1=f"{l1:.4f}")
+            progress.set_postfix(loss=f"{loss:.4f}", l1=f"{l1:.4f}")
             speed = (progress.format_dict["rate"] or 0) * options.batch_size
-            scores = validate(done) if done % options.validate_every < options.log_every or is_last else {}
-            folder.log(done, loss=mean_loss, l1=l1, kl=kl, learning_rate=rate, pictures_per_second=speed, **scores)
-        if done % options.checkpoint_every == 0 or is_last:
-            checkpoint(done)
-        if stop.asked:
-            break
+            rate = training.learning_rate(step - 1)
+            folder.log(step, loss=loss, l1=l1, kl=kl, learning_rate=rate, pictures_per_second=speed)
+        if is_last or step % options.validate_every == 0:
+            folder.log(step, **validate(training.ema, sets.held_out, folder, step))
+        if is_last or step % options.checkpoint_every == 0:
+            checkpoint(training, sets, folder, step)
     progress.close()
-    folder.write_text("scores.json", json.dumps({"step": done, "held_out": folder.last_scores}, indent=2) + "\n")
     folder.close()
     print(f"Wrote {folder.path / 'vae_model.pth'}; use it with --vae {folder.path / 'vae_model.pth'}")
 
