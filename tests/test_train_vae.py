@@ -26,6 +26,7 @@ def arguments(output: Path, *more: str) -> list[str]:
     return [
         *("--dataset", "monsters:8", "--resolution", "64", "--crop", "32", "--validation_pictures", "2"),
         *("--block_out_channels", "8", "8", "8", "8", "--norm_num_groups", "4", "--batch_size", "4"),
+        *("--layers_per_block", "1"),
         *("--max_steps", "6", "--warmup_steps", "2", "--validate_every", "3", "--checkpoint_every", "3"),
         *("--log_every", "2", "--precision", "float32", "--discriminator_start", "4", "--device", "cpu"),
         *("--wandb", "off", "--output_dir", str(output)),
