@@ -71,10 +71,12 @@ def rehearse_step(
         x, t = torch.empty(n, config.in_channels, *latents[1:]), torch.zeros(n)
         context = torch.empty(n, length, config.context_dim)
         with Meter([*unet.parameters(), x, t, context]) as meter:
-            for _ in range(2 if accumulates else 1):
-                with torch.autocast(device_type, dtype=precision, enabled=precision != torch.float32):
-                    loss = unet(x, t, context).float().square().mean()
-                loss.backward()
+            if accumulates:
+                for parameter in unet.parameters():
+                    parameter.grad = torch.empty_like(parameter)
+            with torch.autocast(device_type, dtype=precision, enabled=precision != torch.float32):
+                loss = unet(x, t, context).float().square().mean()
+            loss.backward()
         return meter.peak
 
 

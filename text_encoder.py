@@ -7,6 +7,7 @@ positions, so that every pixel may attend to every word.
 Letters: N prompts, L positions (77), D width of the encoding.
 """
 
+import copy
 import os
 import re
 import warnings
@@ -88,7 +89,10 @@ class TextEncoder:
         state = {name: tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
         # On disk the names keep the prefix that older versions of transformers gave the module.
         state = {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in state.items()}
-        self.model.config.save_pretrained(model_folder)
+        # Readers take the type from the config where they are told none; halves beside a float32 U-Net would not run.
+        config = copy.copy(self.model.config)
+        config.dtype = torch.float32
+        config.save_pretrained(model_folder)
         write_safetensors(Path(model_folder) / "model.safetensors", state)
         self.tokenizer.save_pretrained(tokenizer_folder)
 
