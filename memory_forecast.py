@@ -74,7 +74,8 @@ def rehearse_step(
             if accumulates:
                 for parameter in unet.parameters():
                     parameter.grad = torch.empty_like(parameter)
-            with torch.autocast(device_type, dtype=precision, enabled=precision != torch.float32):
+            autocast = {"dtype": precision, "enabled": precision != torch.float32, "cache_enabled": False}
+            with torch.autocast(device_type, **autocast):
                 loss = unet(x, t, context).float().square().mean()
             loss.backward()
         return meter.peak
@@ -161,7 +162,7 @@ def forecast(
     remedies = {
         "--gradient_checkpointing": not checkpointing,
         f"--gradient_accumulation {micro_batches * latents[0]}": latents[0] > 1,
-        "--precision bfloat16": precision == torch.float32,
+        "--precision bfloat16": precision == torch.float32 and latents[0] > 1,  # for one picture, its copies weigh more
         "--ema_decay 0": bool(parts["EMA"]),
         "--ema_on_cpu": bool(parts["EMA"]) and not on_cpu,
     }

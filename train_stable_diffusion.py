@@ -379,7 +379,8 @@ def main(argv: list[str]) -> None:
         for i, part in enumerate(parts):
             synchronise = processes.count == 1 or i == len(parts) - 1  # DDP adds up gradients once a step
             with contextlib.nullcontext() if synchronise else wrapped.no_sync():
-                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                # No cache: a pass reads each weight once, so that its low-precision copy need not be kept.
+                with torch.autocast(device.type, precision, precision != torch.float32, cache_enabled=False):
                     loss = diffusion_loss(wrapped, model.schedule, part, gamma) / len(parts)
                 loss.backward()
             losses.append(loss.detach())

@@ -165,7 +165,7 @@ def allocated(unet: UNet, n: int, side: int, accumulates: bool, precision: torch
     x, t, context = torch.randn(n, 4, side, side), torch.zeros(n), torch.randn(n, 77, 32)
     with torch.profiler.profile(profile_memory=True) as profile:
         for _ in range(2 if accumulates else 1):
-            with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+            with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32, cache_enabled=False):
                 loss = unet(x, t, context).float().square().mean()
             loss.backward()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -194,8 +194,8 @@ def test_the_full_size_is_foretold_without_having_it():
     with torch.device("meta"):
         unet = UNet(UNetConfig())
     text = str(forecast(unet, [], (1, 64, 64), 77, 0, torch.device("cpu"), torch.bfloat16, 4, checkpointing=True))
-    assert "weights 3.4, gradients 3.4, AdamW 6.9, activations 1.8" in text
-    assert 16 < float(re.match(r"Memory: about (\d+\.\d) GB", text)[1]) < 17
+    assert "weights 3.4, gradients 3.4, AdamW 6.9, activations 0.3" in text
+    assert 15 < float(re.match(r"Memory: about (\d+\.\d) GB", text)[1]) < 16
 
 
 def test_the_meter_counts_storages_while_they_live():
