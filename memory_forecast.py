@@ -106,6 +106,7 @@ class Forecast:
     device: str
     has: int | None = None
     remedies: list[str] = field(default_factory=list)
+    rehearsed: bool = True
 
     @property
     def total(self) -> int:
@@ -113,7 +114,7 @@ class Forecast:
 
     def __str__(self) -> str:
         listed = ", ".join(f"{name} {_gb(size)}" for name, size in self.parts.items() if size >= 5e6)
-        text = f"Memory: about {_gb(self.total)} GB ({listed})"
+        text = f"Memory: about {_gb(self.total)} GB ({listed}{'' if self.rehearsed else ', activations not foreseen'})"
         text += f"; this {self.device} has {_gb(self.has)}." if self.has else "."
         if self.has and self.total > self.has:
             text += f"\nwarning: that is more than it has; try {', or '.join(self.remedies)}."
@@ -147,13 +148,16 @@ def forecast(
     on_cpu = device.type == "cpu"
     weights = bytes_of(unet)
     kernels = device.type if device.type == "cuda" else "cpu"  # whose autocast and attention are rehearsed
-    step = rehearse_step(unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels)
+    try:
+        step = rehearse_step(unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels)
+    except Exception:  # a kernel that has no fake on this device: no reason to keep anyone from training
+        step = None
     parts = {
         "weights": weights,
         "gradients": weights,
         "AdamW": 2 * weights,
         "EMA": weights if averaged and (on_cpu or not average_on_cpu) else 0,
-        "activations": max(step - weights, 0),  # at the step's worst moment, when not all gradients may be there yet
+        "activations": max((step or 0) - weights, 0),  # at the worst moment, when not all gradients may be there yet
         "gradients in transit": weights if processes > 1 else 0,  # DistributedDataParallel's buckets
         "VAE and text encoder": sum(bytes_of(module) for module in frozen) if on_cpu else 0,
         "data": resident,
@@ -167,4 +171,4 @@ def forecast(
         "--ema_on_cpu": bool(parts["EMA"]) and not on_cpu,
     }
     helpful = [option for option, helps in remedies.items() if helps] or ["a lower --resolution"]
-    return Forecast(parts, "machine" if on_cpu else "GPU", memory_of(device), helpful)
+    return Forecast(parts, "machine" if on_cpu else "GPU", memory_of(device), helpful, rehearsed=step is not None)

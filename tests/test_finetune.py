@@ -189,6 +189,24 @@ def test_the_rehearsal_takes_what_the_step_will_take(precision, checkpointing, a
     assert rehearse_step(SMALL, (4, 32, 32), 77, accumulates, precision, checkpointing) == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_rehearsal_takes_what_a_gpu_will_take(precision, checkpointing):
+    with torch.device("cuda"):
+        unet = UNet(SMALL)
+        unet.gradient_checkpointing = checkpointing
+        x, t, context = torch.randn(8, 4, 64, 64), torch.zeros(8), torch.randn(8, 77, 32)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", precision, precision != torch.float32, cache_enabled=False):
+        loss = unet(x, t, context).float().square().mean()
+    loss.backward()
+    real = torch.cuda.max_memory_allocated() - before
+    rehearsed = rehearse_step(SMALL, (8, 64, 64), 77, False, precision, checkpointing, "cuda")
+    assert rehearsed == pytest.approx(real, rel=0.25)  # workspaces of cuDNN and cuBLAS are not rehearsed
+
+
 def test_the_full_size_is_foretold_without_having_it():
     """SD 1.5 at 512×512, bfloat16, checkpointing, no average: what `finetune` takes, whose weights are 3.4 GB."""
     with torch.device("meta"):
@@ -227,7 +245,17 @@ def test_too_little_memory_is_said_with_a_way_out(monkeypatch):
     assert "warning" not in str(Forecast({"weights": 10**9}, "GPU", None))
 
 
+def test_a_rehearsal_that_fails_keeps_nobody_from_training(monkeypatch):
+    def fail(*step) -> int:
+        raise NotImplementedError("no fake kernel")
+
+    monkeypatch.setattr(memory_forecast, "rehearse_step", fail)
+    text = str(forecast(UNet(SMALL), [], (1, 8, 8), 77, 0, torch.device("cpu"), torch.float32))
+    assert "activations not foreseen" in text and "AdamW" in text
+
+
 def test_the_forecast_is_said_before_the_first_step(sources, tmp_path, capsys):
     finetune(sources["sd1"], tmp_path / "run", "--max_steps", "1")
     said = capsys.readouterr().err
+    assert "not foreseen" not in said
     assert 0 < said.index("Memory: about") < said.index("1/1 ")
