@@ -39,7 +39,13 @@ class Guidance:
 
     @property
     def needs_unconditional(self) -> bool:
+        """Does the unconditional prediction count at all?"""
         return self.scale != 1
+
+    @property
+    def always(self) -> bool:
+        """Is every noise level within the interval?"""
+        return tuple(self.interval) == (0.0, math.inf)
 
     def combine(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
         """Two predictions (N, 4, h, w) → the guided one (Ho & Salimans 2022, Equation 6, where w = scale - 1)."""

@@ -309,8 +309,9 @@ class StableDiffusion:
             settings = {
                 "Steps": steps, "Sampler": sampler, "Schedule type": "Karras" if karras else None,
                 "Timestep spacing": timestep_spacing, "Eta": eta or None, "CFG scale": guidance_scale,
-                "CFG rescale": guidance_rescale or None, "Seed": generator.initial_seed(),
-                "Size": f"{width}x{height}", "Model": self.name,
+                "CFG rescale": guidance_rescale or None, "CFG interval": None if guidance.always else guidance_interval,
+                "Seed": generator.initial_seed() if noise is None else None, "Size": f"{width}x{height}",
+                "Model": self.name,
                 "Denoising strength": None if original is None else strength,
             }  # fmt: skip
             picture.info["parameters"] = format_parameters(text, negative, **settings)

@@ -473,6 +473,13 @@ def test_a_png_says_how_it_was_made(model, tmp_path):
         assert np.array_equal(array(stored), array(made[0]))
 
 
+def test_what_is_not_told_by_the_seed_is_not_said_to_be(model):
+    (made,) = sample(model, ["x"], noise=torch.zeros(1, 4, 8, 9), guidance_interval=[0.5, 3], karras=True)[1]
+    read = pictures.read_parameters(made)
+    assert "Seed" not in read
+    assert (read["CFG interval"], read["Schedule type"]) == ("[0.5, 3]", "Karras")
+
+
 def test_what_was_said_is_enough_to_make_it_again(model):
     (made,) = sample(model, ["a fox"], negative_prompts="water", sampler="ddim", eta=0.5, guidance_rescale=0.5)[1]
     read = pictures.read_parameters(made)
