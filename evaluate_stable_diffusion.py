@@ -13,7 +13,7 @@ samples pictures for captions that the model was not trained on, and writes into
 
 import json
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,17 +43,43 @@ class Options:
     num_samples: int = field(default=100, metadata={"help": "pictures to sample"})
     resolution: int = field(default=512, metadata={"help": "their side in pixels"})
     batch_size: int = field(default=4, metadata={"help": "pictures sampled at once"})
-    steps: int = field(default=25, metadata={"help": "sampling steps"})
+    steps: int = field(default=15, metadata={"help": "sampling steps"})
     sampler: str = field(default="dpm++2m", metadata={"help": "ddpm, ddim, euler, euler_a or dpm++2m"})
-    guidance_scale: float = field(default=5.0, metadata={"help": "classifier-free guidance"})
+    guidance_scale: float = field(default=3.0, metadata={"help": "classifier-free guidance"})
     seed: int = field(default=0, metadata={"help": "of the first picture"})
     device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; default: the best there is"})
     resume: bool = field(default=False, metadata={"help": "keep the pictures that are already in --output_dir"})
 
 
-def unseen_prompts(options: Options, captions: list[str]) -> tuple[list[str], list[str]]:
+class TrainingPictures:
+    """What the model was trained on: captions, and pictures at any size. Monsters are drawn at that size at once."""
+
+    def __init__(self, source: str) -> None:
+        self.monsters = monsters.parse_spec(source) if source.split(":")[0] == "monsters" else 0
+        self.found = None if self.monsters else load_captioned_pictures(source)
+
+    def __len__(self) -> int:
+        return self.monsters or len(self.found)
+
+    def captions(self) -> list[str]:
+        return self.found["text"] if self.found else [monsters.caption(i) for i in range(self.monsters)]
+
+    def pixels(self, indices: list[int], size: int) -> Tensor:
+        """(n, 3, size, size) in [-1, 1]."""
+        if self.found is None:
+            with ProcessPoolExecutor() as pool:
+                drawn = pool.map(monsters.draw, indices, [size] * len(indices), chunksize=64)
+                return torch.stack([pictures.pixels_of(picture) for picture in tqdm(drawn, total=len(indices))])
+        with ThreadPoolExecutor() as pool:
+            cells = self.found.select(indices)["image"]
+            parts = range(0, len(cells), 64)  # so that no more than 64 large pictures are in memory
+            return torch.cat([load_pixels(cells[start : start + 64], size, pool) for start in tqdm(parts)])
+
+
+def unseen_prompts(options: Options, training: TrainingPictures) -> tuple[list[str], list[str]]:
     """Prompts and the colours they name: unseen monsters' captions, or the data set's own captions without colours."""
-    if not options.dataset.startswith("monsters"):
+    if not training.monsters:
+        captions = training.captions()
         return [captions[i * len(captions) // options.num_samples] for i in range(options.num_samples)], []
     found: list[tuple[str, str]] = []
     index = FIRST_UNSEEN
@@ -128,54 +154,35 @@ def main(argv: list[str]) -> None:
     options = parse_options(Options, ["--model", *argv] if argv and not argv[0].startswith("-") else argv)
     folder = Path(options.output_dir)
     model = StableDiffusion.from_pretrained(options.model, device=options.device)
-    found = load_captioned_pictures(options.dataset)
-    prompts, colours = unseen_prompts(options, found["text"])
+    training = TrainingPictures(options.dataset)
+    prompts, colours = unseen_prompts(options, training)
     made = sample_all(model, prompts, options)
-    report: dict = {
-        "model": str(options.model),
-        "samples": len(made),
-        "steps": options.steps,
-        "sampler": options.sampler,
-    }
-    report |= {"guidance_scale": options.guidance_scale, "seed": options.seed}
+    kept = ("model", "steps", "sampler", "guidance_scale", "seed")
+    report: dict = {name: getattr(options, name) for name in kept} | {"samples": len(made)}
     if colours:
         report["obedience"] = obedience(made, colours)
 
     # Memorisation, at thumbnail size
-    with ThreadPoolExecutor() as pool:
-        cells = found["image"]
-        starts = tqdm(range(0, len(cells), 64), desc="reading the training pictures", unit="64 pictures")
-        training = torch.cat(
-            [load_pixels([cells[i] for i in range(s, min(s + 64, len(cells)))], THUMBNAIL, pool) for s in starts]
-        )
-    distance, which, mirrored = nearest(thumbnails(made), training)
+    known = training.pixels(list(range(len(training))), THUMBNAIL)
+    distance, which, mirrored = nearest(thumbnails(made), known)
     report["nearest_training_picture"] = {"mean": distance.mean().item(), "smallest": distance.min().item()}
     if colours:
-        fresh = [monsters.draw(FIRST_UNSEEN + i, 2 * THUMBNAIL) for i in range(len(made))]
-        baseline, _, _ = nearest(thumbnails(fresh), training)
-        report["nearest_training_picture_of_unseen_monsters"] = {
-            "mean": baseline.mean().item(),
-            "smallest": baseline.min().item(),
-        }
+        fresh = torch.stack([pictures.pixels_of(monsters.draw(FIRST_UNSEEN + i, THUMBNAIL)) for i in range(len(made))])
+        baseline, _, _ = nearest(fresh, known)
+        means = {"mean": baseline.mean().item(), "smallest": baseline.min().item()}
+        report["nearest_training_picture_of_unseen_monsters"] = means
 
     # What the VAE allows
-    with ThreadPoolExecutor() as pool:
-        some = load_pixels(
-            [cells[i] for i in range(0, len(cells), max(len(cells) // 16, 1))][:16], options.resolution, pool
-        )
+    some = training.pixels(list(range(0, len(training), max(len(training) // 16, 1)))[:16], options.resolution)
     psnr, ssim = measure(model.vae, ((some + 1) * 127.5).round().to(torch.uint8))
     report["vae_ceiling"] = {"psnr": psnr, "ssim": ssim}
 
     # Sheets
     count = min(16, len(made))
     pictures.save_png(captioned_sheet(made[:count], prompts[:count], columns=4), folder / "samples.png")
+    twins = pictures.to_pictures(training.pixels(which[:count].tolist(), 256) / 2 + 0.5)
     pairs, captions = [], []
-    for i in range(count):
-        twin = (
-            pictures.to_rgb(monsters.draw(int(which[i]), 256))
-            if colours
-            else pictures.to_pictures(training[which[i]][None] / 2 + 0.5)[0]
-        )
+    for i, twin in enumerate(twins):
         pairs += [made[i], twin.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored[i] else twin]
         captions += [prompts[i], f"nearest training picture, distance {distance[i]:.3f}"]
     pictures.save_png(captioned_sheet(pairs, captions, columns=8, side=160), folder / "nearest.png")

@@ -371,9 +371,7 @@ def _read_vae(
     return config, {name: t.flatten(1) if _is_vae_projection(name) else t for name, t in vae.items()}
 
 
-def _read_text_encoder(
-    tensors: dict[str, Tensor], said: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_text_encoder(tensors: dict[str, Tensor], said: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if is_open_clip := bool(theirs := _under(tensors, OPEN_CLIP_TEXT)):
         # ViT-H's text model has 24 layers, SD 2.x reads the output of the last but one, so the 24th was never trained
         # on and diffusers leaves it out; so are the parts that compare texts with pictures.

@@ -96,8 +96,9 @@ def write(m) -> str:
     if chance(0.45):
         one, many = SIGN[m.element]
         sign = f"{many if m.motif_place == 'around' else one} {SIGN_PLACE[m.motif_place]}"
-    features = [feature for _, feature in sorted((rng.random(), feature)
-        for feature in features)][: 4 if not sign else 3]
+    features = [feature for _, feature in sorted((rng.random(), feature) for feature in features)][
+        : 4 if not sign else 3
+    ]
     if sign:
         features.append(sign)
     having = f"with {listed(features)}" if features else ""
@@ -140,7 +141,8 @@ def listed(items: list[str]) -> str:
 def words(colours: Iterable[str], elements: Iterable[str]) -> set[str]:
     """Every word that `write` can use, given the names of colours and elements."""
     single = chain(NOUNS, OPENINGS, colours, elements, SIGN_PLACE.values(), ("a", "an", "and", "type", "with"))
-    tables = chain.from_iterable(chain.from_iterable(t.values())
-        for t in (BODY, WINGS, TAIL, CREST, PATTERN, BELLY, SIGN))
+    tables = chain.from_iterable(
+        chain.from_iterable(t.values()) for t in (BODY, WINGS, TAIL, CREST, PATTERN, BELLY, SIGN)
+    )
     moods = chain.from_iterable(chain(*pair) for pair in MOOD.values())
     return set(re.findall(r"[a-z-]+", " ".join(chain(single, tables, moods))))

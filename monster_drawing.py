@@ -133,8 +133,9 @@ def cap_angles(first: float, sign: int) -> list[float]:
     return [first + sign * math.pi * k / 8 for k in range(1, 8)]
 
 
-def place(outline: Outline, x: float, y: float, scale: float = 1.0, angle: float = 0.0,
-    mirror: bool = False) -> Outline:
+def place(
+    outline: Outline, x: float, y: float, scale: float = 1.0, angle: float = 0.0, mirror: bool = False
+) -> Outline:
     """Scale, mirror left to right, turn clockwise by radians and move."""
     c, s = math.cos(angle), math.sin(angle)
     sign = -scale if mirror else scale
@@ -188,8 +189,9 @@ def paint(canvas: Image.Image, part: Part) -> None:
     light = None if part.flat else light_on(mask)
 
     def coat(colour: RGB, where: Image.Image) -> None:
-        paint_of = colour if light is None else Image.merge("RGB",
-            [light.point(table) for table in light_tables(colour)])
+        paint_of = (
+            colour if light is None else Image.merge("RGB", [light.point(table) for table in light_tables(colour)])
+        )
         canvas.paste(paint_of, (left, top) if light is None else (left, top, left + width, top + height), where)
 
     coat(part.colour, mask)
@@ -214,5 +216,6 @@ def light_on(mask: Image.Image) -> Image.Image:
         return swollen.crop((pad + dx, pad + dx, pad + dx + small.width, pad + dx + small.height))
 
     relief = ImageChops.subtract(seen_from(shift), seen_from(-shift), scale=1.2, offset=128)
-    return relief.resize((small.width * factor, small.height * factor),
-        Image.Resampling.BILINEAR).crop((0, 0, width, height))
+    return relief.resize((small.width * factor, small.height * factor), Image.Resampling.BILINEAR).crop(
+        (0, 0, width, height)
+    )

@@ -177,7 +177,12 @@ def _cache_file(kind: str, *parts: str) -> str:
 
 
 def encode_pictures(
-    pictures: datasets.Dataset, vae: VAE, resolution: int, device: torch.device, batch_size: int = 8
+    pictures: datasets.Dataset,
+    vae: VAE,
+    resolution: int,
+    device: torch.device,
+    batch_size: int = 4,
+    precision: torch.dtype = torch.float32,
 ) -> datasets.Dataset:
     """Moments of each picture and its mirror: a memory-mapped Dataset of `moments` (2, 8, h, w) float16.
 
@@ -187,7 +192,8 @@ def encode_pictures(
         raise ValueError(f"--resolution {resolution} is not divisible by {vae.config.downsampling}.")
     side = resolution // vae.config.downsampling
     shape = (2, 2 * vae.config.latent_channels, side, side)
-    file = _cache_file("moments", fingerprint(vae), pictures._fingerprint, TRANSFORM_VERSION, str(resolution))
+    made_from = (fingerprint(vae), pictures._fingerprint, TRANSFORM_VERSION, str(resolution), str(precision))
+    file = _cache_file("moments", *made_from)
     if os.path.exists(file):
         return datasets.Dataset.from_file(file).with_format("numpy")
 
@@ -198,7 +204,8 @@ def encode_pictures(
     def encode(batch: dict) -> dict:
         pixels = load_pixels(batch["image"], resolution, pool).to(device)  # (N, 3, R, R)
         both = torch.cat([pixels, pixels.flip(-1)])  # the mirror of a latent is not the latent of the mirror
-        moments = vae.encode(both).moments.float().cpu().numpy().astype(np.float16)  # (2N, 8, h, w)
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            moments = vae.encode(both).moments.float().cpu().numpy().astype(np.float16)  # (2N, 8, h, w)
         progress.update(len(pixels))
         return {"moments": np.stack(np.split(moments, 2), axis=1)}  # (N, 2, 8, h, w)
 
@@ -290,6 +297,12 @@ class CaptionedLatents:
     def __len__(self) -> int:
         return len(self.caption_of)
 
+    def mean(self, scaling_factor: float) -> list[float]:
+        """The mean of the scaled latents by channel, over some hundred pictures."""
+        some = torch.arange(0, len(self), max(len(self) // 256, 1), device=self.caption_of.device)
+        means = self.moments[some].flatten(0, 1).chunk(2, dim=1)[0]  # (2n, 4, h, w)
+        return (means.mean(dim=(0, 2, 3)) * scaling_factor).tolist()
+
     def gather(self, indices: Tensor, mirrored: Tensor, drop_caption: Tensor) -> tuple[Tensor, Tensor]:
         """Moments (N, 8, h, w) and contexts (N, L, D) of the chosen pictures; all three arguments are (N,) tensors."""
         moments = self.moments[indices]  # (N, 2, 8, h, w)
@@ -305,10 +318,11 @@ def prepare(
     encoder_fingerprint: str,
     resolution: int,
     device: torch.device,
-    batch_size: int = 8,
+    batch_size: int = 4,
+    precision: torch.dtype = torch.float32,
 ) -> CaptionedLatents:
     """Encodes pictures and captions, or reads what was encoded before, and puts them where training gathers fast."""
-    moments = encode_pictures(pictures, vae, resolution, device, batch_size)
+    moments = encode_pictures(pictures, vae, resolution, device, batch_size, precision)
     texts = [(text or "").strip() for text in pictures["text"]]
     captions = ["", *sorted(set(texts) - {""})]
     row = {caption: i for i, caption in enumerate(captions)}

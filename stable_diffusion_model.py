@@ -29,6 +29,7 @@ from text_encoder import TextEncoder, load_text_model, load_tokenizer
 from vae_model import VAE
 
 # How SD 1.x's own folder has diffusers sample; models trained here say the same of themselves.
+LATENTS_MEAN = "_latents_mean"  # by channel, in scheduler_config.json; diffusers passes over names that start with "_"
 DEFAULT_SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "clip_sample": False,
@@ -281,9 +282,9 @@ class StableDiffusion:
         if paint is not None:
             mask = F.interpolate(paint, size=shape[2:]).to(self.device)  # (N, 1, h, w), nearest, as diffusers
             callback = inpainting(walk, latents, unit_noise, mask, callback)
-        # A masked picture at full strength starts from pure noise; img2img always remembers its picture a little.
+        # A masked picture at full strength starts from noise; img2img always remembers its picture a little.
         from_noise = latents is None or (paint is not None and strength == 1)
-        x = walk.start(unit_noise) if from_noise else walk.noised(latents, unit_noise)  # (N, 4, h, w)
+        x = self._start(walk, unit_noise) if from_noise else walk.noised(latents, unit_noise)  # (N, 4, h, w)
 
         # The walk.
         level_at = dict(zip(walk.timesteps, walk.levels, strict=True))
@@ -327,6 +328,18 @@ class StableDiffusion:
         """Pixels (N, 3, H, W) → latents (N, 4, h, w), each drawn from its own generator."""
         pairs = zip(pixels.split(1), generators, strict=True)
         return torch.cat([self.encode_images(one, generator) for one, generator in pairs])
+
+    def _start(self, walk: TimestepGrid, noise: Tensor) -> Tensor:
+        """The x_T of text-to-image: noise, and under it the mean of the training latents if the model knows it.
+
+        Where the schedule's last ᾱ is not 0, training never saw pure noise: a little of the picture shines through, its
+        mean brightness above all, which the U-Net learns to read (Lin et al. 2024, Section 3.1; Everaert et al. 2024,
+        arXiv:2309.15842). Starting from noise of mean 0 then asks for pictures far darker than any it was shown.
+        """
+        mean = self.scheduler_config.get(LATENTS_MEAN)
+        if mean is None:  # as published models and diffusers do
+            return walk.start(noise)
+        return walk.noised(torch.tensor(mean, device=noise.device)[None, :, None, None].expand_as(noise), noise)
 
     def _encode_each_prompt(self, texts: list[str]) -> Tensor:
         """Texts → (N, L, D), each distinct one encoded alone: its encoding depends on no neighbour, to the last bit."""

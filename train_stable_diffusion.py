@@ -28,7 +28,7 @@ import pictures
 from diffusion_model import NoiseSchedule, UNet, UNetConfig
 from memory_forecast import forecast
 from pokemon_dataset import DEFAULT_DATASET, CaptionedLatents, fingerprint, load_captioned_pictures, prepare
-from stable_diffusion_model import StableDiffusion, choose_device
+from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
 from text_encoder import TextEncoder
 from training import (
     EMA,
@@ -116,7 +116,7 @@ class Options:
     checkpoint_every: int = _option(1000, "steps between checkpoints; 0 = only at the end")
     preview_prompts: list[str] = _option([], "prompts of the previews; default: captions of the data set")
     preview_steps: int = _option(25, "sampling steps of the previews")
-    preview_guidance: float = _option(5.0, "guidance scale of the previews")
+    preview_guidance: float = _option(3.0, "guidance scale of the previews")
     save_precision: str = _option("float32", "of the weights in OUTPUT_DIR/model: float32, bfloat16 or float16")
     wandb: str = _option("auto", "auto (online if logged in), online, offline or off")
 
@@ -124,7 +124,7 @@ class Options:
 PRESETS: dict[str, dict] = {
     # The quickstart: everything is drawn, small and cheap. Two CPU cores, minutes, no download, no account.
     "monsters": {
-        "dataset": "monsters:256",
+        "dataset": "monsters:160",
         "resolution": 256,
         "output_dir": "stable_diffusion_results/my_monsters",
         "block_out_channels": [32, 64, 128, 256],
@@ -215,14 +215,18 @@ def _check_objective(options: Options, schedule: NoiseSchedule) -> None:
         )
 
 
-def load_data(options: Options, model: StableDiffusion, processes: Processes) -> CaptionedLatents:
+def load_data(
+    options: Options, model: StableDiffusion, processes: Processes, precision: torch.dtype
+) -> CaptionedLatents:
     """Pictures and captions, encoded; the first process encodes, the others read what it cached."""
     if not processes.is_main:
         processes.barrier()
     found = load_captioned_pictures(options.dataset, options.split, options.revision, options.caption_column)
     model.text_encoder.model.to(processes.device)
     encoder = fingerprint(model.text_encoder.model) + str(model.text_encoder.tokenizer.get_vocab().__len__())
-    data = prepare(found, model.vae, model.encode_prompts, encoder, options.resolution, processes.device)
+    data = prepare(
+        found, model.vae, model.encode_prompts, encoder, options.resolution, processes.device, precision=precision
+    )
     if processes.is_main:
         processes.barrier()
     return data
@@ -332,7 +336,9 @@ def main(argv: list[str]) -> None:
 
     model = build_model(options)
     folder = RunFolder(options.output_dir, options, options.resume) if is_main else None
-    data = load_data(options, model, processes)
+    data = load_data(options, model, processes, precision)
+    if not options.pretrained:  # a pretrained U-Net goes on from the start it knows
+        model.scheduler_config[LATENTS_MEAN] = data.mean(model.vae.config.scaling_factor)
     chosen, held_out = split_pictures(len(data), options.validation_share, options.seed, device)
     for frozen in (model.vae, model.text_encoder.model):
         frozen.to("cpu")  # idle until the next preview
