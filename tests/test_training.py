@@ -14,7 +14,8 @@ import torch
 import train_stable_diffusion as script
 from diffusion_model import NoiseSchedule
 from pokemon_dataset import CaptionedLatents
-from stable_diffusion_model import StableDiffusion
+from samplers import timestep_grid
+from stable_diffusion_model import LATENTS_MEAN, StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_text_encoder, tiny_unet, tiny_vae
 from train_stable_diffusion import Batch, Options, diffusion_loss, split_pictures
@@ -305,3 +306,19 @@ def test_unknown_option_and_offline_hub_end_the_script_with_one_line(tmp_path: P
     offline = run("--output_dir", str(tmp_path / "run"), "--wandb", "off", "--device", "cpu")
     assert offline.returncode == 1 and "Traceback" not in offline.stderr
     assert offline.stderr.strip().splitlines()[-1].startswith("error: --text_encoder")
+
+
+def test_a_model_from_scratch_starts_at_the_brightness_it_learned_from(parts: Path, tmp_path: Path) -> None:
+    """Monsters stand on white, so their latents have a mean; the run's model knows it and sampling starts above it."""
+    quick = ("--max_steps", "1", "--validate_every", "0", "--preview_every", "0")
+    script.main(arguments(parts, tmp_path / "run", *quick))
+    model = StableDiffusion.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    mean = torch.tensor(model.scheduler_config[LATENTS_MEAN])
+    assert mean.shape == (4,) and mean.abs().max() > 0.01
+    noise = torch.randn(1, 4, 8, 8)
+    walk = timestep_grid("ddim", model.schedule, 10)
+    started = model._start(walk, noise)
+    a = walk.levels[0]
+    torch.testing.assert_close(started, a**0.5 * mean[None, :, None, None] + (1 - a) ** 0.5 * noise)
+    model.scheduler_config.pop(LATENTS_MEAN)
+    torch.testing.assert_close(model._start(walk, noise), noise)  # what published models do
