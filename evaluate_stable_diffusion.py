@@ -48,7 +48,7 @@ class Options:
     guidance_scale: float = field(default=3.0, metadata={"help": "classifier-free guidance"})
     seed: int = field(default=0, metadata={"help": "of the first picture"})
     device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; default: the best there is"})
-    resume: bool = field(default=False, metadata={"help": "keep the pictures that are already in --output_dir"})
+    reuse: bool = field(default=False, metadata={"help": "take the pictures that are already in --output_dir"})
 
 
 class TrainingPictures:
@@ -99,7 +99,7 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="sampling", unit="batch"):
         part = prompts[start : start + options.batch_size]
         files = [folder / f"{start + k:04d}.png" for k in range(len(part))]
-        if options.resume and all(file.is_file() for file in files):
+        if options.reuse and all(file.is_file() for file in files):
             made += [pictures.to_rgb(Image.open(file)) for file in files]
             continue
         made += model.sample(
@@ -141,11 +141,11 @@ def thumbnails(made: list[Image.Image]) -> Tensor:
 
 def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, side: int = 224) -> Image.Image:
     """Pictures with their prompts below."""
-    font, cells = ImageFont.load_default(size=13), []
+    font, cells = ImageFont.load_default(size=12), []
     for picture, caption in zip(made, captions, strict=True):
-        cell = Image.new("RGB", (side, side + 68), "white")
+        cell = Image.new("RGB", (side, side + 84), "white")
         cell.paste(picture.resize((side, side), Image.Resampling.LANCZOS))
-        ImageDraw.Draw(cell).multiline_text((6, side + 2), textwrap.fill(caption, 34), fill="#333", font=font)
+        ImageDraw.Draw(cell).multiline_text((6, side + 2), textwrap.fill(caption, side // 7), fill="#333", font=font)
         cells.append(cell)
     return pictures.grid(cells, columns)
 
