@@ -101,7 +101,8 @@ class StableDiffusion:
 
             model = cls(**read_ldm_pipeline(path), name=path.stem)
         else:
-            model = cls._from_folder(path, name=str(folder_or_hub_id).rstrip("/").split("/")[-1])
+            given = Path(folder_or_hub_id)  # a run keeps its model in RUN/model
+            model = cls._from_folder(path, name=given.parent.name if given.name == "model" else given.name)
         return model.to(choose_device(device), dtype or torch.float32)
 
     @classmethod

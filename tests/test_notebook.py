@@ -81,7 +81,7 @@ def test_as_committed_it_reads_as_a_page(notebook):
     assert all(len(cell.source.splitlines()) <= 45 for cell in code_cells(notebook))
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     for name in re.findall(r"\]\(([\w./]+)\)", "".join(prose)):
-        assert (ROOT / name).exists() or name == "README", name
+        assert (ROOT / name).exists(), name
     if SHIPPED.is_dir():
         assert sum(len(shown_pictures(cell)) for cell in code_cells(notebook)) >= 10
         assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))

@@ -473,6 +473,13 @@ def test_a_png_says_how_it_was_made(model, tmp_path):
         assert np.array_equal(array(stored), array(made[0]))
 
 
+def test_a_model_is_called_after_its_run(model, tmp_path):
+    model.save_pretrained(tmp_path / "monsters" / "model")
+    again = StableDiffusion.from_pretrained(tmp_path / "monsters" / "model", device="cpu")
+    assert again.name == "monsters"
+    assert torch.equal(sample(again)[0], sample(model)[0])
+
+
 def test_what_is_not_told_by_the_seed_is_not_said_to_be(model):
     (made,) = sample(model, ["x"], noise=torch.zeros(1, 4, 8, 9), guidance_interval=[0.5, 3], karras=True)[1]
     read = pictures.read_parameters(made)
