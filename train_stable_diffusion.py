@@ -511,7 +511,7 @@ class Reporter:
             print(f"Peak GPU memory: {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
         if self.options.preset == "monsters":
             print(
-                "What to expect after these few minutes: blotches on white, many in the colour asked for; no creatures yet.\n"
+                "What to expect so soon: blotches on white, many in the colour asked for, not yet creatures.\n"
                 "Next: open sample_stable_diffusion.ipynb, whose model was trained for longer, or point it here;\n"
                 "on a GPU, train on real pictures: python train_stable_diffusion.py --dataset FOLDER_OR_HUB_ID"
             )
