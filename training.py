@@ -393,9 +393,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.process = os.getpid()
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:  # a worker that inherited this handler: it ends as workers do
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -19,7 +22,7 @@ from stable_diffusion_model import LATENTS_MEAN, StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_text_encoder, tiny_unet, tiny_vae
 from train_stable_diffusion import Batch, Options, diffusion_loss, split_pictures
-from training import EMA, Processes, batch_indices, generator_for, learning_rate_at, parse_options
+from training import EMA, Processes, StopRequest, batch_indices, generator_for, learning_rate_at, parse_options
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:The prompt is longer")  # the tiny tokenizer spells words by letter
@@ -326,3 +329,20 @@ def test_a_model_from_scratch_starts_at_the_brightness_it_learned_from(parts: Pa
     torch.testing.assert_close(started, a**0.5 * mean[None, :, None, None] + (1 - a) ** 0.5 * noise)
     model.scheduler_config.pop(LATENTS_MEAN)
     torch.testing.assert_close(model._start(walk, noise), noise)  # what published models do
+
+
+def test_a_stop_is_asked_of_this_process_and_ends_its_workers() -> None:
+    """SIGTERM asks the trainer to save and stop; a forked worker, which inherits the handler, must still die of it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = StopRequest()
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        worker.terminate()
+        worker.join(timeout=20)
+        assert worker.exitcode == -signal.SIGTERM and not stop.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
