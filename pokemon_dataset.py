@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import monsters
 from pictures import to_pixels
+from pretrained_files import first_line
 from vae_model import VAE
 
 DEFAULT_DATASET = "svjack/pokemon-blip-captions-en-zh"
@@ -105,7 +106,7 @@ def _load_folder(folder: Path, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(str(folder), split=split)
     except Exception as error:  # `datasets` has many kinds; the user needs one sentence
-        raise ValueError(f"--dataset {folder}: cannot be read as an imagefolder ({_first_line(error)}).") from error
+        raise ValueError(f"--dataset {folder}: cannot be read as an imagefolder ({first_line(error)}).") from error
 
 
 def _from_lists(paths: list[str], captions: list[str], stamps: list[tuple[int, int]]) -> datasets.Dataset:
@@ -121,13 +122,9 @@ def _load_hub(name: str, split: str, revision: str | None) -> datasets.Dataset:
         return datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # offline, withdrawn, gated, misspelt …
         raise FileNotFoundError(
-            f"--dataset {name}: cannot be had from the Hugging Face hub ({_first_line(error)}); pass another id, a "
+            f"--dataset {name}: cannot be had from the Hugging Face hub ({first_line(error)}); pass another id, a "
             "folder of captioned pictures, or --dataset monsters, which needs no download."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:160]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,7 +142,7 @@ def open_picture(cell: dict) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         name = cell.get("path") or "a picture of the data set"
         raise ValueError(
-            f"{name}: cannot be read as a picture ({_first_line(error)}); replace it or leave it out."
+            f"{name}: cannot be read as a picture ({first_line(error)}); replace it or leave it out."
         ) from error
 
 

@@ -94,10 +94,11 @@ def _reason(error: Exception) -> str:
             return "there is no such public model"
         case hub_errors.OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE is set and it is not in the cache"
-    return _first_line(error)
+    return first_line(error)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, after its kind: the part of it that fits into a sentence of ours."""
     text = str(error).strip().rpartition("WeightsUnpickler error:")[2].strip()  # after PyTorch's essay
     return f"{type(error).__name__}: {text.splitlines()[0][:200].rstrip(' .')}" if text else type(error).__name__
 
@@ -136,7 +137,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON and of UTF-8 alike
-        raise ValueError(f"{path} is not valid JSON ({_first_line(error)}); download it again.") from error
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object belongs; download it again.")
     return content
@@ -181,7 +182,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is cut short or damaged ({_first_line(error)}); download it again.") from error
+        raise ValueError(f"{path} is cut short or damaged ({first_line(error)}); download it again.") from error
 
 
 class _Inert:
@@ -209,7 +210,7 @@ def _read_pickle(path: Path, is_zip: bool) -> tuple[dict[str, Tensor], dict[str,
                 f"pass a .safetensors version of it."
             ) from error
         raise ValueError(
-            f"{path} is cut short, damaged or not a checkpoint ({_first_line(error)}); download it again."
+            f"{path} is cut short, damaged or not a checkpoint ({first_line(error)}); download it again."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
