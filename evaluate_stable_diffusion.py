@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import monsters
-import pictures
+from images import image_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
 from pokemon_dataset import load_captioned_pictures, load_pixels
 from stable_diffusion_model import StableDiffusion
 from train_vae import measure
@@ -69,7 +69,7 @@ class TrainingPictures:
         if self.found is None:
             with ProcessPoolExecutor() as pool:
                 drawn = pool.map(monsters.draw, indices, [size] * len(indices), chunksize=64)
-                return torch.stack([pictures.pixels_of(picture) for picture in tqdm(drawn, total=len(indices))])
+                return torch.stack([image_to_pixels(picture) for picture in tqdm(drawn, total=len(indices))])
         with ThreadPoolExecutor() as pool:
             cells = self.found.select(indices)["image"]
             parts = range(0, len(cells), 64)  # so that no more than 64 large pictures are in memory
@@ -100,7 +100,7 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
         part = prompts[start : start + options.batch_size]
         files = [folder / f"{start + k:04d}.png" for k in range(len(part))]
         if options.reuse and all(file.is_file() for file in files):
-            made += [pictures.to_rgb(Image.open(file)) for file in files]
+            made += [to_rgb(Image.open(file)) for file in files]
             continue
         made += model.sample(
             part,
@@ -113,7 +113,7 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
             progress=False,
         )
         for file, picture in zip(files, made[start:], strict=True):
-            pictures.save_png(picture, file)
+            save_png(picture, file)
     return made
 
 
@@ -136,7 +136,7 @@ def nearest(queries: Tensor, training: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def thumbnails(made: list[Image.Image]) -> Tensor:
-    return torch.stack([pictures.to_pixels(picture, THUMBNAIL) for picture in made])
+    return torch.stack([to_pixels(picture, THUMBNAIL) for picture in made])
 
 
 def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, side: int = 224) -> Image.Image:
@@ -147,7 +147,7 @@ def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, 
         cell.paste(picture.resize((side, side), Image.Resampling.LANCZOS))
         ImageDraw.Draw(cell).multiline_text((6, side + 2), textwrap.fill(caption, side // 7), fill="#333", font=font)
         cells.append(cell)
-    return pictures.grid(cells, columns)
+    return image_sheet(cells, columns)
 
 
 def main(argv: list[str]) -> None:
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
     distance, which, mirrored = nearest(thumbnails(made), known)
     report["nearest_training_picture"] = {"mean": distance.mean().item(), "smallest": distance.min().item()}
     if colours:
-        fresh = torch.stack([pictures.pixels_of(monsters.draw(FIRST_UNSEEN + i, THUMBNAIL)) for i in range(len(made))])
+        fresh = torch.stack([image_to_pixels(monsters.draw(FIRST_UNSEEN + i, THUMBNAIL)) for i in range(len(made))])
         baseline, _, _ = nearest(fresh, known)
         means = {"mean": baseline.mean().item(), "smallest": baseline.min().item()}
         report["nearest_training_picture_of_unseen_monsters"] = means
@@ -179,13 +179,13 @@ def main(argv: list[str]) -> None:
 
     # Sheets
     count = min(16, len(made))
-    pictures.save_png(captioned_sheet(made[:count], prompts[:count], columns=4), folder / "samples.png")
-    twins = pictures.to_pictures(training.pixels(which[:count].tolist(), 256) / 2 + 0.5)
+    save_png(captioned_sheet(made[:count], prompts[:count], columns=4), folder / "samples.png")
+    twins = pixels_to_images(training.pixels(which[:count].tolist(), 256) / 2 + 0.5)
     pairs, captions = [], []
     for i, twin in enumerate(twins):
         pairs += [made[i], twin.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored[i] else twin]
         captions += [prompts[i], f"nearest training picture, distance {distance[i]:.3f}"]
-    pictures.save_png(captioned_sheet(pairs, captions, columns=8, side=160), folder / "nearest.png")
+    save_png(captioned_sheet(pairs, captions, columns=8, side=160), folder / "nearest.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

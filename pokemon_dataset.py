@@ -5,7 +5,7 @@ A source is one of
     FOLDER                     pictures with `metadata.jsonl`/`.csv` (an `imagefolder`), or each with a `.txt` beside it
     OWNER/NAME                 a data set on the Hugging Face hub
 
-Spaces: a PIL picture of any size and mode → `pictures.to_pixels` → float (3, R, R) in [-1, 1] → `VAE.encode` → moments
+Spaces: a PIL picture of any size and mode → `images.to_pixels` → float (3, R, R) in [-1, 1] → `VAE.encode` → moments
 (8, R/8, R/8) of the raw latents. Every picture and its mirror is encoded once; `datasets` keeps the moments in an Arrow
 file that is named after the VAE's weights, the data and the transform, so nothing stale can be read.
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import monsters
-from pictures import to_pixels
+from images import to_pixels
 from pretrained_files import first_line
 from vae_model import VAE
 

@@ -1,6 +1,6 @@
 """From prompts to PNGs: `python sample_stable_diffusion.py "a blue water type pokemon, smiling" --output monster.png`.
 
-Every prompt is painted with every seed. Pictures carry how they were made, for `pictures.read_parameters` and for other
+Every prompt is painted with every seed. Pictures carry how they were made, for `images.read_parameters` and for other
 tools. The notebook of the same name shows what the options do.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from pictures import save_png, to_rgb
+from images import save_png, to_rgb
 from samplers import SAMPLERS
 from stable_diffusion_model import StableDiffusion
 from training import run

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pictures import to_rgb
+from images import to_rgb
 
 
 def texts_of(prompts: object, name: str) -> list[str]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffusion_model import NoiseSchedule, UNet, UNetConfig
 from guidance import Guidance
-from pictures import format_parameters, mask_of, pixels_of, to_pictures
+from images import format_parameters, image_to_mask, image_to_pixels, pixels_to_images
 from pretrained_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
 from samplers import SAMPLERS, TimestepGrid, check_walk, grid_options, inpainting, timestep_grid
 from sampling_request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
@@ -264,9 +264,9 @@ class StableDiffusion:
 
         walk = self._walk(sampler, steps, karras, timestep_spacing)
         check_walk(sampler, walk, draw, eta)
-        original = None if init_images is None else pixels_for(init_images, pixels_of, n, height, width, "init_images")
+        original = None if init_images is None else pixels_for(init_images, image_to_pixels, n, height, width, "init_images")
         walk = walk if original is None else walk.from_strength(strength)
-        paint = None if masks is None else pixels_for(masks, mask_of, n, height, width, "masks")  # (N, 1, H, W), 0 or 1
+        paint = None if masks is None else pixels_for(masks, image_to_mask, n, height, width, "masks")  # (N, 1, H, W), 0 or 1
         if paint is not None and original is None:
             raise ValueError("masks need init_images: the pictures whose unmasked parts are kept.")
         if noise is not None:
@@ -306,7 +306,7 @@ class StableDiffusion:
         images = self.decode_latents(x0, tiled=vae_tiling)  # (N, 3, H, W)
         if paint is not None:
             images = torch.where(paint.to(images.device) == 1, images, (original / 2 + 0.5).to(images.device))
-        pictures = to_pictures(images)
+        pictures = pixels_to_images(images)
         for picture, text, negative, generator in zip(pictures, texts, negatives, generators, strict=True):
             settings = {
                 "Steps": steps, "Sampler": sampler, "Schedule type": "Karras" if karras else None,

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 import monsters
-from pictures import pixels_of
+from images import image_to_pixels
 from pokemon_dataset import load_captioned_pictures, load_pixels
 from pretrained_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
 from stable_diffusion_model import choose_device
@@ -436,7 +436,7 @@ def main(argv: list[str]) -> None:
         n = options.validation_pictures
         if source == "monsters":
             indices = HELD_OUT_MONSTERS[:n]
-            drawn = [pixels_of(monsters.draw(i, size)) for i in tqdm(indices, "drawing held-out monsters")]
+            drawn = [image_to_pixels(monsters.draw(i, size)) for i in tqdm(indices, "drawing held-out monsters")]
             held_out[source] = torch.stack(drawn), [monsters.caption(i) for i in indices]
             training[source] = None, [monsters.caption(FIRST_TRAINING_MONSTER + i) for i in range(10_000)]
         else:

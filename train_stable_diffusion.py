@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import pictures
+from images import image_sheet, save_png
 from diffusion_model import NoiseSchedule, UNet, UNetConfig
 from memory_forecast import forecast
 from pokemon_dataset import DEFAULT_DATASET, CaptionedLatents, fingerprint, load_captioned_pictures, prepare
@@ -496,7 +496,7 @@ class Reporter:
             )
         model.vae.to("cpu")
         file = self.folder.path / "samples" / f"step_{step:06d}.png"
-        pictures.save_png(pictures.grid(made, columns=4), file)
+        save_png(image_sheet(made, columns=4), file)
         (file.parent / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
         self.folder.log_picture(step, "samples", file)
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import pictures
+from images import image_sheet, pixels_to_images, save_png
 from pokemon_dataset import load_captioned_pictures, load_pixels
 from stable_diffusion_model import choose_device
 from training import (
@@ -223,12 +224,12 @@ def measure_scaling_factor(vae: VAE, images: Tensor, generator: torch.Generator)
     return 1.0 / torch.cat(samples).float().std().item()
 
 
-def reconstruction_sheet(vae: VAE, images: Tensor, columns: int = 4) -> "pictures.Image.Image":
+def reconstruction_sheet(vae: VAE, images: Tensor, columns: int = 4) -> Image.Image:
     """Originals in odd rows, what the VAE makes of them below each."""
     rows = []
     for chunk in images.split(columns):
         rows += [*(chunk.float().cpu() / 255), *(reconstruct(vae, chunk).float() / 255)]
-    return pictures.grid(pictures.to_pictures(torch.stack(rows)), columns)
+    return image_sheet(pixels_to_images(torch.stack(rows)), columns)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def validate(vae: VAE, held_out: dict[str, Tensor], folder: RunFolder, step: int
         tqdm.write(f"step {step}: {source}: held-out PSNR {score['psnr']:.2f} dB, SSIM {score['ssim']:.4f}")
     folder.write_text("scores.json", json.dumps({"step": step, "held_out": scores}, indent=2) + "\n")
     file = folder.path / "samples" / f"step_{step:06d}.png"
-    pictures.save_png(reconstruction_sheet(vae, torch.cat([some[:4] for some in held_out.values()])), file)
+    save_png(reconstruction_sheet(vae, torch.cat([some[:4] for some in held_out.values()])), file)
     folder.log_picture(step, "reconstructions", file)
     return {name: float(np.mean([score[name] for score in scores.values()])) for name in ("psnr", "ssim")}
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import pokemon_dataset
-from pictures import to_pixels
+from images import to_pixels
 from pokemon_dataset import CaptionedLatents, Rows, encode_pictures, load_captioned_pictures, prepare
 from tests.tiny import tiny_text_encoder, tiny_vae
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tiny import tiny_model
 
-import pictures
+from images import read_parameters
 from sample_stable_diffusion import main
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def test_one_prompt_is_one_file(folder, capsys):
         folder, "a red fox", "--output", "new/fox.png", "--seeds", "7", "--negative_prompt", "grey", "--sampler", "ddim"
     )
     assert capsys.readouterr().out == f"{Path('new/fox.png')}\n"
-    read = pictures.read_parameters("new/fox.png")
+    read = read_parameters("new/fox.png")
     told = {name: read[name] for name in ("prompt", "negative_prompt", "Seed", "Steps", "Sampler", "Size", "Model")}
     assert told == {
         "prompt": "a red fox", "negative_prompt": "grey", "Seed": "7", "Steps": "2", "Sampler": "ddim",
@@ -53,7 +53,7 @@ def test_every_prompt_meets_every_seed(folder):
     assert [path.name for path in made] == [
         "000_a_b_c_seed1.png", "001_a_b_c_seed2.png", "002_d_seed1.png", "003_d_seed2.png"
     ]  # fmt: skip
-    read = [pictures.read_parameters(path) for path in made]
+    read = [read_parameters(path) for path in made]
     assert [(r["prompt"], r["Seed"]) for r in read] == [("a/b: c", "1"), ("a/b: c", "2"), ("d", "1"), ("d", "2")]
 
 

@@ -23,7 +23,7 @@ from diffusers import (
 from PIL import Image
 from tiny import tiny_model
 
-import pictures
+from images import format_parameters, image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
 from guidance import Guidance
 from samplers import SAMPLERS
 from stable_diffusion_model import StableDiffusion, slerp
@@ -324,7 +324,7 @@ def test_outside_the_mask_the_original_returns_exactly(model, mode):
     made = sample(model, init_images=originals, masks=mask, strength=1.0)[1]
     keep = np.asarray(mask) == 0
     for here, original in zip(made, originals, strict=True):
-        expected = array(pictures.to_rgb(original))
+        expected = array(to_rgb(original))
         assert np.array_equal(array(here)[keep], expected[keep])
         assert (array(here)[~keep] != expected[~keep]).mean() > 0.9
 
@@ -347,7 +347,7 @@ def test_masks_of_all_and_nothing(model):
 
 def test_weaker_strength_stays_closer_to_the_picture(model):
     original = picture()
-    latents = model.encode_images(pictures.pixels_of(original)[None], torch.Generator().manual_seed(3))
+    latents = model.encode_images(image_to_pixels(original)[None], torch.Generator().manual_seed(3))
     far = [
         (sample(model, ["x"], init_images=original, strength=s, steps=20)[0] - latents).norm() for s in (0.1, 0.5, 1)
     ]
@@ -401,7 +401,7 @@ def test_the_callback_sees_the_film_and_may_cut_it(model):
     assert [step for step, *_ in film] == [0, 1, 2]
     assert [t for _, t, *_ in film] == [667, 334, 1]
     assert {shape for *_, a, b in film for shape in (a, b)} == {(1, 4, 8, 9)}
-    expected = pictures.to_pictures(model.decode_latents(torch.zeros(1, 4, 8, 9)))[0]
+    expected = pixels_to_images(model.decode_latents(torch.zeros(1, 4, 8, 9)))[0]
     assert np.array_equal(array(grey), array(expected))
 
 
@@ -460,14 +460,14 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_dropped(model):
 def test_a_png_says_how_it_was_made(model, tmp_path):
     prompt, negative = 'a "fox", red: very\nSteps: none, and\\or ünïcødé 狐狸', "grey, (water:1.2)\nsecond line"
     made = sample(model, [prompt, "b"], negative_prompts=[negative, ""], guidance_scale=6.5, sampler="euler_a")[1]
-    pictures.save_png(made[0], tmp_path / "new folder" / "fox.png")
-    read = pictures.read_parameters(tmp_path / "new folder" / "fox.png")
+    save_png(made[0], tmp_path / "new folder" / "fox.png")
+    read = read_parameters(tmp_path / "new folder" / "fox.png")
     assert read == {
         "prompt": prompt, "negative_prompt": negative, "Steps": "4", "Sampler": "euler_a", "CFG scale": "6.5",
         "Seed": "3", "Size": "72x64", "Model": "tiny",
     }  # fmt: skip
-    assert pictures.read_parameters(made[1])["prompt"] == "b"
-    assert pictures.read_parameters(made[1])["negative_prompt"] == ""
+    assert read_parameters(made[1])["prompt"] == "b"
+    assert read_parameters(made[1])["negative_prompt"] == ""
     with Image.open(tmp_path / "new folder" / "fox.png") as stored:
         assert stored.text["parameters"].endswith("CFG scale: 6.5, Seed: 3, Size: 72x64, Model: tiny")
         assert np.array_equal(array(stored), array(made[0]))
@@ -482,14 +482,14 @@ def test_a_model_is_called_after_its_run(model, tmp_path):
 
 def test_what_is_not_told_by_the_seed_is_not_said_to_be(model):
     (made,) = sample(model, ["x"], noise=torch.zeros(1, 4, 8, 9), guidance_interval=[0.5, 3], karras=True)[1]
-    read = pictures.read_parameters(made)
+    read = read_parameters(made)
     assert "Seed" not in read
     assert (read["CFG interval"], read["Schedule type"]) == ("[0.5, 3]", "Karras")
 
 
 def test_what_was_said_is_enough_to_make_it_again(model):
     (made,) = sample(model, ["a fox"], negative_prompts="water", sampler="ddim", eta=0.5, guidance_rescale=0.5)[1]
-    read = pictures.read_parameters(made)
+    read = read_parameters(made)
     width, height = map(int, read["Size"].split("x"))
     (again,) = model.sample(
         read["prompt"], negative_prompts=read["negative_prompt"], steps=int(read["Steps"]), sampler=read["Sampler"],
@@ -506,23 +506,23 @@ def test_what_was_said_is_enough_to_make_it_again(model):
 def test_awkward_texts_survive(prompt, negative):
     image = Image.new("RGB", (8, 8))
     settings = {"Steps": 3, "Model": 'a, "b": c\\d', "Empty": ""}
-    image.info["parameters"] = pictures.format_parameters(prompt, negative, **settings)
+    image.info["parameters"] = format_parameters(prompt, negative, **settings)
     expected = {"prompt": prompt, "negative_prompt": negative} | {name: str(v) for name, v in settings.items()}
-    assert pictures.read_parameters(image) == expected
+    assert read_parameters(image) == expected
 
 
 def test_what_other_tools_wrote_is_read():
     image = Image.new("RGB", (8, 8))
-    assert pictures.read_parameters(image) == {}
+    assert read_parameters(image) == {}
     image.info["parameters"] = (
         "masterpiece, (fox:1.2)\nNegative prompt: bad\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, "
         'Size: 512x512, Model hash: abc, Lora hashes: "a: 1, b: 2", Version: v1.9'
     )
-    read = pictures.read_parameters(image)
+    read = read_parameters(image)
     assert read["prompt"] == "masterpiece, (fox:1.2)"
     assert (read["Sampler"], read["Lora hashes"], read["Version"]) == ("DPM++ 2M Karras", "a: 1, b: 2", "v1.9")
     image.info["parameters"] = "only a prompt,\nin two lines"
-    assert pictures.read_parameters(image) == {"prompt": "only a prompt,\nin two lines", "negative_prompt": ""}
+    assert read_parameters(image) == {"prompt": "only a prompt,\nin two lines", "negative_prompt": ""}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTextModel,
 
 import monsters
 import train_clip
-from pictures import pixels_of, to_pixels
+from images import image_to_pixels, to_pixels
 from text_encoder import TextEncoder
 from train_clip import (
     FIRST_TRAINING_MONSTER,
@@ -291,7 +291,7 @@ def test_training_monsters_are_no_others() -> None:
 
 def test_augmentation_moves_and_mirrors_without_inventing() -> None:
     image = torch.from_numpy(np.array(monsters.draw(3, 48))).permute(2, 0, 1)[None]
-    plain = pixels_of(monsters.draw(3, 48))
+    plain = image_to_pixels(monsters.draw(3, 48))
     allowed = []
     for dy in range(-2, 3):
         for dx in range(-2, 3):

@@ -28,26 +28,26 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 def to_pixels(picture: Image.Image, resolution: int) -> Tensor:
     """A PIL picture of any size and mode → float (3, R, R) in [-1, 1]: shorter side to R, centre crop."""
-    return pixels_of(ImageOps.fit(to_rgb(picture), (resolution, resolution), method=Image.Resampling.LANCZOS))
+    return image_to_pixels(ImageOps.fit(to_rgb(picture), (resolution, resolution), method=Image.Resampling.LANCZOS))
 
 
-def pixels_of(picture: Image.Image) -> Tensor:
+def image_to_pixels(picture: Image.Image) -> Tensor:
     """An RGB picture as it is → float (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def mask_of(picture: Image.Image) -> Tensor:
+def image_to_mask(picture: Image.Image) -> Tensor:
     """An RGB picture → float (1, H, W), 1 where it is rather white than black."""
     return (torch.from_numpy(np.array(picture.convert("L")))[None] > 127).float()
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
+def pixels_to_images(images: Tensor) -> list[Image.Image]:
     """Float (N, 3, H, W) in [0, 1] → PIL pictures."""
     arrays = (images.permute(0, 2, 3, 1).float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
 
-def grid(pictures: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+def image_sheet(pictures: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
     """Pictures of one size side by side on white, row by row."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
