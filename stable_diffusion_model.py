@@ -264,9 +264,13 @@ class StableDiffusion:
 
         walk = self._walk(sampler, steps, karras, timestep_spacing)
         check_walk(sampler, walk, draw, eta)
-        original = None if init_images is None else pixels_for(init_images, image_to_pixels, n, height, width, "init_images")
+        original = (
+            None if init_images is None else pixels_for(init_images, image_to_pixels, n, height, width, "init_images")
+        )
         walk = walk if original is None else walk.from_strength(strength)
-        paint = None if masks is None else pixels_for(masks, image_to_mask, n, height, width, "masks")  # (N, 1, H, W), 0 or 1
+        paint = (
+            None if masks is None else pixels_for(masks, image_to_mask, n, height, width, "masks")
+        )  # (N, 1, H, W), 0 or 1
         if paint is not None and original is None:
             raise ValueError("masks need init_images: the pictures whose unmasked parts are kept.")
         if noise is not None:

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import datasets
+import memory_forecast
 import pytest
 import torch
+from memory_forecast import Forecast, Meter, forecast, rehearse_step
 
-import memory_forecast
 import train_stable_diffusion as script
 from diffusion_model import UNet, UNetConfig
-from memory_forecast import Forecast, Meter, forecast, rehearse_step
 from stable_diffusion_model import StableDiffusion
 from tests.test_interchange import (
     SD1_SCHEDULER,

@@ -83,7 +83,8 @@ def join_processes(device: torch.device) -> Processes:
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"--nproc_per_node {local_count}: this machine has {torch.cuda.device_count()} GPUs, one for each process."
+                f"--nproc_per_node {local_count}: each process needs a GPU, and this machine has "
+                f"{torch.cuda.device_count()}."
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -123,8 +124,8 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int, device: tor
 def shuffled(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
     """The elements at `positions` (int64, in [0, count)) of a permutation of range(count), one for each (seed, epoch).
 
-    A Feistel network permutes 0…4^k - 1, where 4^k is the next such number above `count`; what it sends out of the range
-    is sent through again ("cycle walking", Black & Rogaway 2002, Section 4), fewer than four times on average.
+    A Feistel network permutes 0…4^k - 1, where 4^k is the next such number above `count`; what it sends out of the
+    range is sent through again ("cycle walking", Black & Rogaway 2002, Section 4), fewer than four times on average.
     """
     half = np.uint64(max((max(count - 1, 1).bit_length() + 1) // 2, 1))  # bits of each half
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -192,3 +193,26 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and has_bf16() else torch.float32
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for AdamW: matrices and filters decay, gains and biases (one-dimensional) do not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def descend(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Clips the gradients to `max_norm` (0 = off), steps and forgets them; returns their norm before, on the device.
+
+    A gradient that is not finite changes nothing: a fused optimizer skips its step where `found_inf` says so, which is
+    decided on the device, so that the host need not wait for it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    optimizer.found_inf, optimizer.grad_scale = (~norm.isfinite()).float(), None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
