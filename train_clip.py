@@ -2,8 +2,8 @@
 
 Papers: CLIP (Radford et al. 2021, arXiv:2103.00020), its loss that of ConVIRT (Zhang et al. 2020, arXiv:2010.00747);
 byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909). All options are in `training/presets.py`, the
-network in `training/clip_model.py`: it is `transformers.CLIPModel`, so what is written
-opens wherever CLIP does; Stable Diffusion takes its text half.
+network in `training/clip_model.py`: it is `transformers.CLIPModel`, so what is written opens wherever CLIP does; Stable
+Diffusion takes its text half.
 
     python train_clip.py --dataset monsters --output_dir stable_diffusion_results/my_clip
 
@@ -348,9 +348,8 @@ class Run:
         averaged = copy.deepcopy(self.ema.module).cpu()
         folder.write_folder("clip", lambda path: save_clip(averaged, self.tokenizer, path))
         folder.plot({"loss": "training loss"}, "loss (nats)", log_scale=True)
-        folder.plot(
-            dict(zip(SCORES, ("image → caption", "caption → image"), strict=True)), "held-out R@1", "retrieval.png"
-        )
+        labels = ("image → caption", "caption → image")
+        folder.plot(dict(zip(SCORES, labels, strict=True)), "held-out R@1", "retrieval.png")
         self.reporter.saved()
 
 

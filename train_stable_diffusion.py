@@ -209,7 +209,7 @@ def validation_loss(
 ) -> float:
     """Unweighted loss on held-out images at fixed noise: numbers that can be compared along a run and between runs.
 
-    Every image is seen at four timesteps or more, all together spread evenly over 0…T-1. Chunks of 8 go to the processes
+    Every image is seen at four timesteps or more, all together spread evenly over 0…T-1. Chunks of 8 go to processes
     in turn, and are summed in one order, so that the result does not depend on how many there are.
     """
     device, n, T = held_out.device, len(held_out), model.schedule.num_timesteps

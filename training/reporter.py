@@ -45,8 +45,8 @@ class PostponedError(Exception):
 class Reporter:
     """What all training scripts do beside the step; `folder` is None on all processes but the first.
 
-    `duties`: name → interval in steps, 0 = never; each is due at the end, too. On a stop only the checkpoint is due: the
-    rest is done when the run is resumed, so that a stopped run leaves the same files as one that was not.
+    `duties`: name → interval in steps, 0 = never; each is due at the end, too. On a stop only the checkpoint is due;
+    the rest is done when the run is resumed, so that a stopped run leaves the same files as one that was not.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ class Reporter:
         finite = [row for row in rows if math.isfinite(row[names.index("gradient_norm")])]
         if not finite:
             raise DivergedError(
-                f"step {self.step}: no gradient of the last {len(rows)} steps was finite. They changed nothing, and the last "
-                "checkpoint is whole: --resume from it with a lower --learning_rate, or with --precision float32."
+                f"step {self.step}: no gradient of the last {len(rows)} steps was finite. They changed nothing, and the "
+                "last checkpoint is whole: --resume from it with a lower --learning_rate, or with --precision float32."
             )
         means = {name: sum(column) / len(finite) for name, column in zip(names, zip(*finite, strict=True), strict=True)}
         if self.options.log_every:
@@ -160,7 +160,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def interruptible(self, duty: str) -> Iterator[None]:
-        """Around something long that the first process does alone: a stop (`check_stop`) leaves it to the resumed run."""
+        """Around something long that the first process does alone; a stop (`check_stop`) leaves it to the next run."""
         try:
             yield
         except PostponedError:
