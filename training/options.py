@@ -70,6 +70,8 @@ def check(options: Any) -> None:
                 raise UserError(f"--{f.name} {entry}: {problem}.")
 
 
+METAVARS = {"int": "N", "float": "X", "str": "NAME", "string_to_bool": "yes|no"}  # in --help
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def parse_options(
     try:
         early, _ = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name}: {error.message}.") from error
+        raise UserError(f"{error.argument_name.split('/')[0]}: {error.message}.") from error
 
     from_file = read_config_file(cls, early.config) if early.config else {}
     preset = early.preset or from_file.get("preset")
@@ -141,6 +143,7 @@ def build_parser(cls: type) -> argparse.ArgumentParser:
 
     bare = [(f.name, f.type, _with_help_only(f)) for f in fields(cls)]  # it hands all metadata to argparse
     parser = HfArgumentParser(make_dataclass(cls.__name__, bare), allow_abbrev=False, description=cls.__doc__)
+    parser.usage = "%(prog)s [--config FILE] [options]"
     groups, group = {}, None
     for f in fields(cls):
         if title := f.metadata.get("group"):
@@ -149,6 +152,8 @@ def build_parser(cls: type) -> argparse.ArgumentParser:
     for action in list(parser._actions):
         if len(action.option_strings) > 1 and action.dest != "help":
             action.option_strings = action.option_strings[:1]  # --batch-size is still understood
+        if action.nargs != 0:
+            action.metavar = METAVARS.get(getattr(action.type, "__name__", ""), "NAME")
         if groups.get(action.dest) is not None:
             parser._optionals._group_actions.remove(action)
             groups[action.dest]._group_actions.append(action)

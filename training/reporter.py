@@ -132,8 +132,8 @@ class Reporter:
         finite = [row for row in rows if math.isfinite(row[names.index("gradient_norm")])]
         if not finite:
             raise DivergedError(
-                f"step {self.step}: no gradient of the last {len(rows)} steps was finite. They changed nothing, and the "
-                "last checkpoint is whole: --resume from it with a lower --learning_rate, or with --precision float32."
+                f"step {self.step}: no gradient of the last {len(rows)} steps was finite. They changed nothing, "
+                "and the last checkpoint is whole: --resume from it with a lower --learning_rate, or with --precision float32."
             )
         means = {name: sum(column) / len(finite) for name, column in zip(names, zip(*finite, strict=True), strict=True)}
         if self.options.log_every:
