@@ -1,162 +1,22 @@
-"""The text-conditioned U-Net of latent diffusion, and the noise schedule it is trained to reverse.
+"""The text-conditioned U-Net of latent diffusion: noisy latents, a timestep and a text in, the noise (or v) out.
 
-Papers: DDPM (Ho et al. 2020, arXiv:2006.11239), latent diffusion (Rombach et al. 2022, arXiv:2112.10752), min-SNR
-(Hang et al. 2023, arXiv:2303.09556), v-prediction (Salimans & Ho 2022, arXiv:2202.00512), zero-terminal SNR
-(Lin et al. 2024, arXiv:2305.08891).
+Papers: latent diffusion (Rombach et al. 2022, arXiv:2112.10752), DDPM (Ho et al. 2020, arXiv:2006.11239).
 
-The file reads from leaf to root: the schedule (the maths, no network), then embedding, blocks, transformer, U-Net.
+The file reads from leaf to root: time embedding → residual block → attention → spatial transformer → `UNet`.
 Parameter names and layouts are those of diffusers' `UNet2DConditionModel`, so weights travel both ways unchanged.
 
 Letters in the shape comments:
-    N  pictures in the batch        C  channels of a feature map     h, w  height and width of a feature map
-    L  text tokens (77 for CLIP)    D  width of the text encoding    T     number of diffusion timesteps (1000)
+    N  images in the batch          C  channels of a feature map     h, w  height and width of a feature map
+    L  text tokens (77 for CLIP)    D  width of the text encoding    E     width of the time embedding (4C)
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The noise schedule
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class NoiseSchedule:
-    """How much noise each timestep carries, and every conversion between x_0, noise, v and x_t.
-
-    With ᾱ_t = ∏(1 - β_s), a picture at timestep t is x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM, Equation 4).
-    The defaults are Stable Diffusion's. Tensors are (N, ...), timesteps `t` are integer tensors (N,) in [0, T).
-    """
-
-    num_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    schedule: str = (
-        "scaled_linear"  # "linear" (DDPM), "scaled_linear" (LDM: linear in √β), "squaredcos_cap_v2" (cosine)
-    )
-    prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon" or "v_prediction"
-    zero_terminal_snr: bool = False  # make x_{T-1} pure noise (Lin et al. 2024); needs v-prediction
-
-    betas: Tensor = field(init=False, repr=False, compare=False)  # (T,)
-    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)  # (T,), ᾱ_t
-
-    def __post_init__(self) -> None:
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', not {self.prediction_type!r}.")
-        if self.zero_terminal_snr and self.prediction_type == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction_type='v_prediction': ε says nothing about pure noise.")
-        self.betas = self._make_betas()
-        if self.zero_terminal_snr:
-            self.betas = _rescale_to_zero_terminal_snr(self.betas)
-        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
-
-    def _make_betas(self) -> Tensor:
-        T, first, last = self.num_timesteps, self.beta_start, self.beta_end
-        if self.schedule == "linear":
-            return torch.linspace(first, last, T, dtype=torch.float32)
-        if self.schedule == "scaled_linear":
-            return torch.linspace(first**0.5, last**0.5, T, dtype=torch.float32) ** 2
-        if self.schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, Equation 17; β capped at 0.999
-
-            def alpha_bar(s: float) -> float:
-                return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
-
-            betas = [min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)]
-            return torch.tensor(betas, dtype=torch.float32)
-        raise ValueError(f"schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', not {self.schedule!r}.")
-
-    def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """Moves the tables to `device`, so that training steps index them without waiting for a copy."""
-        self.betas, self.alphas_cumprod = self.betas.to(device), self.alphas_cumprod.to(device)
-        return self
-
-    def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1-ᾱ_t), shaped (N, 1, ..., 1) to multiply a tensor like `like`."""
-        alpha_bar = self.alphas_cumprod.to(like.device)[t.to(like.device)]
-        alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
-        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t from x_0 and ε (DDPM, Equation 4)."""
-        signal, sigma = self._signal_and_noise(t, x0)
-        return signal * x0 + sigma * noise
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the U-Net should say at x_t: ε, or v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022, Section 4)."""
-        if self.prediction_type == "epsilon":
-            return noise
-        signal, sigma = self._signal_and_noise(t, x0)
-        return signal * noise - sigma * x0
-
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean picture that a prediction at x_t implies (DDPM, Equation 15; v: Salimans & Ho, Appendix D)."""
-        signal, sigma = self._signal_and_noise(t, x_t)
-        if self.prediction_type == "epsilon":
-            return (x_t - sigma * prediction) / signal
-        return signal * x_t - sigma * prediction
-
-    def to_epsilon(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction at x_t implies."""
-        if self.prediction_type == "epsilon":
-            return prediction
-        signal, sigma = self._signal_and_noise(t, x_t)
-        return signal * prediction + sigma * x_t
-
-    def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), (N,); 0 at the last step of a zero-terminal-SNR schedule."""
-        alpha_bar = self.alphas_cumprod.to(t.device)[t]
-        return alpha_bar / (1 - alpha_bar)
-
-    def loss_weight(self, t: Tensor, gamma: float | None) -> Tensor:
-        """Weight of each picture's squared error, (N,): min-SNR-γ (Hang et al. 2023, Section 3.4); None weighs all 1.
-
-        In x_0-space the weight is min(SNR, γ). An ε-error is an x_0-error times √SNR, a v-error one times √(SNR+1),
-        so the weight is divided by that, which also keeps it finite at zero SNR for v-prediction.
-        """
-        if gamma is None:
-            return torch.ones(t.shape, device=t.device)
-        snr = self.snr(t)
-        return snr.clamp(max=gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
-
-    @classmethod
-    def from_diffusers(cls, config: dict) -> "NoiseSchedule":
-        """The schedule in a `scheduler_config.json`; options of single samplers are left to the samplers."""
-        if config.get("trained_betas") is not None:
-            raise ValueError("scheduler_config.json: the option 'trained_betas' is not supported.")
-        return cls(
-            num_timesteps=config.get("num_train_timesteps", 1000),
-            beta_start=config.get("beta_start", 0.0001),  # what diffusers takes where its config is silent
-            beta_end=config.get("beta_end", 0.02),
-            schedule=config.get("beta_schedule", "linear"),
-            prediction_type=config.get("prediction_type", "epsilon"),
-            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
-        )
-
-    def to_diffusers(self) -> dict:
-        """The options that a `scheduler_config.json` holds of this schedule."""
-        return {
-            "num_train_timesteps": self.num_timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "beta_schedule": self.schedule,
-            "prediction_type": self.prediction_type,
-            "rescale_betas_zero_snr": self.zero_terminal_snr,
-        }
-
-
-def _rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shifts and scales √ᾱ so that the last value is 0 and the first stays (Lin et al. 2024, Algorithm 1)."""
-    root = torch.cumprod(1 - betas, dim=0).sqrt()
-    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    alpha_bar = root**2
-    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-    return 1 - alphas
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Leaves: time embedding, residual block, resampling

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusion_model import NoiseSchedule, UNet
+from diffusion_model import UNet
 from ldm_checkpoint import LDMCheckpoint, read_ldm, write_ldm
+from noise_schedule import NoiseSchedule
 from pretrained_files import load_strict, locate
 from text_encoder import TextEncoder, load_tokenizer
 from vae_model import VAE

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_model import NoiseSchedule, UNet, UNetConfig
+from diffusion_model import UNet, UNetConfig
 from guidance import Guidance
 from images import format_parameters, image_to_mask, image_to_pixels, pixels_to_images
+from noise_schedule import NoiseSchedule
 from pretrained_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
-from samplers import SAMPLERS, TimestepGrid, check_walk, grid_options, inpainting, timestep_grid
+from samplers import SAMPLERS, TimestepGrid, check_arguments, grid_options, inpainting, timestep_grid
 from sampling_request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
 from text_encoder import TextEncoder, load_text_model, load_tokenizer
 from vae_model import VAE
@@ -263,10 +264,14 @@ class StableDiffusion:
             return torch.cat([torch.randn(shape, generator=g) for g in generators]).to(self.device)  # (N, 4, h, w)
 
         walk = self._walk(sampler, steps, karras, timestep_spacing)
-        check_walk(sampler, walk, draw, eta)
-        original = None if init_images is None else pixels_for(init_images, image_to_pixels, n, height, width, "init_images")
+        check_arguments(sampler, walk, draw, eta)
+        original = (
+            None if init_images is None else pixels_for(init_images, image_to_pixels, n, height, width, "init_images")
+        )
         walk = walk if original is None else walk.from_strength(strength)
-        paint = None if masks is None else pixels_for(masks, image_to_mask, n, height, width, "masks")  # (N, 1, H, W), 0 or 1
+        paint = (
+            None if masks is None else pixels_for(masks, image_to_mask, n, height, width, "masks")
+        )  # (N, 1, H, W), 0 or 1
         if paint is not None and original is None:
             raise ValueError("masks need init_images: the pictures whose unmasked parts are kept.")
         if noise is not None:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from diffusion_model import UNet, UNetConfig
 from images import image_sheet, save_png
-from diffusion_model import NoiseSchedule, UNet, UNetConfig
 from memory_forecast import forecast
+from noise_schedule import NoiseSchedule
 from pokemon_dataset import DEFAULT_DATASET, CaptionedLatents, fingerprint, load_captioned_pictures, prepare
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
 from text_encoder import TextEncoder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import samplers
-from diffusion_model import NoiseSchedule
+from noise_schedule import NoiseSchedule
 from samplers import KARRAS_SAMPLERS, SAMPLERS, SPACINGS, TimestepGrid, grid_options, inpainting, timestep_grid
 
 DIFFUSERS = {

@@ -23,8 +23,8 @@ from diffusers import (
 from PIL import Image
 from tiny import tiny_model
 
-from images import format_parameters, image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
 from guidance import Guidance
+from images import format_parameters, image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
 from samplers import SAMPLERS
 from stable_diffusion_model import StableDiffusion, slerp
 from text_encoder import split_weights
