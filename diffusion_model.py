@@ -45,7 +45,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3×3 convolutions around a skip, told the time in between: (N, C_in, h, w), (N, E) → (N, C_out, h, w)."""
+    """Two 3×3 convolutions beside a skip, the time added in between: (N, C_in, h, w), (N, E) → (N, C_out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Upsample(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The spatial transformer: where pixels look at each other, and at the words
+# The spatial transformer: pixels attend to each other and to the text
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +102,8 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, for the name "to_out.0" of the field
+        # A list, so that the weight is called `to_out.0` as in published files.
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, n, C) → (N, heads, n, C/heads)
@@ -135,7 +136,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # Identity stands where others put dropout, and keeps the published names "net.0.proj" and "net.2".
+        # Identity stands where others have dropout, and keeps the published names "net.0.proj" and "net.2".
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ def _to_map(x: Tensor, size: torch.Size) -> Tensor:
 class Level(nn.Module):
     """One resolution of the U-Net: residual blocks, each with a transformer behind it where the level attends.
 
-    The U-Net walks through `resnets` and `attentions` itself, since it keeps or consumes a skip at each step.
+    `UNet.forward` calls `resnets` and `attentions` itself, since it stores or consumes a skip after each.
     """
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[SpatialTransformer]) -> None:
@@ -251,104 +252,9 @@ class UNetConfig:
         n = self.num_attention_heads
         return n if isinstance(n, tuple) else (n,) * len(self.block_out_channels)
 
-    @classmethod
-    def from_diffusers(cls, config: dict) -> "UNetConfig":
-        """Reads the `config.json` of a `UNet2DConditionModel`; raises ValueError at an option we do not implement."""
-        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in _WITHOUT_EFFECT}
-        default = {
-            "down": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-            "up": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        }
-        down = list(config.pop("down_block_types", default["down"]))
-        up = list(config.pop("up_block_types", default["up"]))
-        attends = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
-        for kind in down + up:
-            if kind not in attends:
-                raise ValueError(f"unet/config.json: the block type {kind!r} is not supported.")
-        if [attends[k] for k in down] != [attends[k] for k in reversed(up)]:
-            raise ValueError("unet/config.json: up_block_types do not mirror down_block_types, which is not supported.")
-        # diffusers calls the number of heads "attention_head_dim" in these models, an old slip that files keep.
-        heads = config.pop("attention_head_dim", 8)
-        heads = config.pop("num_attention_heads", None) or heads
-        result = cls(
-            in_channels=config.pop("in_channels", 4),
-            out_channels=config.pop("out_channels", 4),
-            block_out_channels=config.pop("block_out_channels", (320, 640, 1280, 1280)),
-            layers_per_block=config.pop("layers_per_block", 2),
-            attention_levels=tuple(attends[k] for k in down),
-            num_attention_heads=heads,
-            context_dim=config.pop("cross_attention_dim", 1280),
-            transformer_depth=config.pop("transformer_layers_per_block", 1),
-            use_linear_projection=config.pop("use_linear_projection", False),
-            norm_num_groups=config.pop("norm_num_groups", 32),
-        )
-        for name, value in config.items():
-            if name not in _FIXED or value != _FIXED[name]:
-                raise ValueError(f"unet/config.json: the option {name}={value!r} is not supported by this U-Net.")
-        return result
-
-    def to_diffusers(self) -> dict:
-        """The `config.json` with which diffusers' `UNet2DConditionModel` builds the same network."""
-        return {
-            "_class_name": "UNet2DConditionModel",
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in self.attention_levels],
-            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attention_levels)],
-            "attention_head_dim": list(self.heads),
-            "cross_attention_dim": self.context_dim,
-            "transformer_layers_per_block": self.transformer_depth,
-            "use_linear_projection": self.use_linear_projection,
-            "norm_num_groups": self.norm_num_groups,
-            "sample_size": 64,
-        }
-
-
-# Options of a foreign config whose only supported value is the one Stable Diffusion uses.
-_FIXED = {
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_eps": 1e-5,
-    "reverse_transformer_layers_per_block": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "dual_cross_attention": False,
-    "class_embed_type": None,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "num_class_embeds": None,
-    "resnet_time_scale_shift": "default",
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "projection_class_embeddings_input_dim": None,
-    "attention_type": "default",
-    "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None,
-    "cross_attention_norm": None,
-    "addition_embed_type_num_heads": 64,
-}
-# Options that change nothing here: a size hint, dropout (sampling has none, and fine-tuning uses none), and the float32
-# softmax that `scaled_dot_product_attention` does anyway.
-_WITHOUT_EFFECT = {"sample_size", "dropout", "upcast_attention"}
-
 
 class UNet(nn.Module):
-    """Predicts the noise (or v) in noisy latents from the timestep and the words.
+    """Predicts the noise (or v) in noisy latents from the timestep and the text.
 
     forward(latents (N, 4, h, w), timesteps (N,), context (N, L, D)) → prediction (N, 4, h, w)
     """
@@ -370,7 +276,7 @@ class UNet(nn.Module):
 
         self.time_embedding = TimestepEmbedding(channels[0], time_channels)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        skips = [channels[0]]  # channels of every feature map that the way up will want back
+        skips = [channels[0]]  # channels of every feature map that the way up takes back as a skip
 
         self.down_blocks = nn.ModuleList()
         c = channels[0]

@@ -134,31 +134,6 @@ class NoiseSchedule:
         snr = self.snr(t)
         return snr.clamp(max=gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
 
-    @classmethod
-    def from_diffusers(cls, config: dict) -> "NoiseSchedule":
-        """The schedule in a `scheduler_config.json`; options of single samplers are left to the samplers."""
-        if config.get("trained_betas") is not None:
-            raise ValueError("scheduler_config.json: the option 'trained_betas' is not supported.")
-        return cls(
-            num_timesteps=config.get("num_train_timesteps", 1000),
-            beta_start=config.get("beta_start", 0.0001),  # what diffusers takes where its config is silent
-            beta_end=config.get("beta_end", 0.02),
-            schedule=config.get("beta_schedule", "linear"),
-            prediction_type=config.get("prediction_type", "epsilon"),
-            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
-        )
-
-    def to_diffusers(self) -> dict:
-        """The options that a `scheduler_config.json` holds of this schedule."""
-        return {
-            "num_train_timesteps": self.num_timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "beta_schedule": self.schedule,
-            "prediction_type": self.prediction_type,
-            "rescale_betas_zero_snr": self.zero_terminal_snr,
-        }
-
 
 def _make_betas(schedule: str, T: int, first: float, last: float) -> Tensor:
     if schedule == "linear":  # DDPM, Section 4

@@ -37,9 +37,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokeniz
 import monsters
 from images import image_to_pixels
 from pokemon_dataset import load_captioned_pictures, load_pixels
-from pretrained_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
+from published.clip_folders import load_tokenizer
+from published.weight_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
 from stable_diffusion_model import choose_device
-from text_encoder import load_tokenizer
 from training import (
     EMA,
     RunFolder,

@@ -29,8 +29,8 @@ from images import image_sheet, save_png
 from memory_forecast import forecast
 from noise_schedule import NoiseSchedule
 from pokemon_dataset import DEFAULT_DATASET, CaptionedLatents, fingerprint, load_captioned_pictures, prepare
+from published import load_text_encoder, load_vae
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
-from text_encoder import TextEncoder
 from training import (
     EMA,
     Processes,
@@ -44,7 +44,7 @@ from training import (
     resolve_precision,
     run,
 )
-from vae_model import VAE, DiagonalGaussian
+from vae_model import DiagonalGaussian
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options and presets
@@ -177,15 +177,15 @@ def build_model(options: Options) -> StableDiffusion:
     name = Path(options.output_dir).name
     if options.pretrained:
         model = StableDiffusion.from_pretrained(options.pretrained, device="cpu")
-        vae = VAE.load(options.vae) if options.vae else model.vae
+        vae = load_vae(options.vae) if options.vae else model.vae
         text_encoder = (
-            TextEncoder.load(options.text_encoder, "--text_encoder") if options.text_encoder else model.text_encoder
+            load_text_encoder(options.text_encoder, "--text_encoder") if options.text_encoder else model.text_encoder
         )
         _check_objective(options, model.schedule)
         return StableDiffusion(text_encoder, model.unet, vae, model.schedule, model.scheduler_config, name)
     parts = PARTS[options.preset]
-    text_encoder = TextEncoder.load(options.text_encoder or parts["text_encoder"], "--text_encoder")
-    vae = VAE.load(options.vae or parts["vae"])
+    text_encoder = load_text_encoder(options.text_encoder or parts["text_encoder"], "--text_encoder")
+    vae = load_vae(options.vae or parts["vae"])
     schedule = NoiseSchedule(
         prediction_type=options.prediction_type or "epsilon", zero_terminal_snr=options.zero_terminal_snr
     )
@@ -287,7 +287,7 @@ def draw_batch(
         noise = (
             noise + options.noise_offset * torch.randn((n, shape[1], 1, 1), generator=generator, device=device)[mine]
         )
-    latents = (posterior.mean + torch.exp(0.5 * posterior.logvar) * spread) * model.vae.config.scaling_factor
+    latents = model.vae.scale_latents(posterior.mean + torch.exp(0.5 * posterior.logvar) * spread)
     return Batch(latents, noise, t[mine], context)
 
 
@@ -310,7 +310,7 @@ def validation_loss(
         moments, context = data.gather(
             indices, torch.zeros_like(indices, dtype=torch.bool), torch.zeros_like(indices) > 0
         )
-        latents = moments[:, : moments.shape[1] // 2] * model.vae.config.scaling_factor  # the posterior's mean
+        latents = model.vae.scale_latents(DiagonalGaussian.from_moments(moments).mean)
         for quarter in range(4):
             noise = torch.randn(latents.shape, generator=generator, device=device)
             places = (torch.arange(len(indices), device=device) + 8 * i) % 8 * 4 + quarter  # 0…31
@@ -339,7 +339,7 @@ def main(argv: list[str]) -> None:
     folder = RunFolder(options.output_dir, options, options.resume) if is_main else None
     data = load_data(options, model, processes, precision)
     if not options.pretrained:  # a pretrained U-Net goes on from the start it knows
-        model.scheduler_config[LATENTS_MEAN] = data.mean(model.vae.config.scaling_factor)
+        model.scheduler_config[LATENTS_MEAN] = data.mean(model.vae)
     chosen, held_out = split_pictures(len(data), options.validation_share, options.seed, device)
     for frozen in (model.vae, model.text_encoder.model):
         frozen.to("cpu")  # idle until the next preview

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from images import image_sheet, pixels_to_images, save_png
 from pokemon_dataset import load_captioned_pictures, load_pixels
+from published import load_vae
 from stable_diffusion_model import choose_device
 from training import (
     EMA,
@@ -284,7 +285,7 @@ class Training:
         self.options, self.device = options, device
         self.precision = resolve_precision(options.precision, device)
         if options.pretrained:
-            vae = VAE.load(options.pretrained)
+            vae = load_vae(options.pretrained)
         else:
             shape = ("block_out_channels", "layers_per_block", "norm_num_groups")
             vae = VAE(VAEConfig(**{name: getattr(options, name) for name in shape}))

@@ -9,6 +9,7 @@ import torch
 from diffusers.training_utils import compute_snr
 
 from noise_schedule import NoiseSchedule, epsilon_from_prediction, noised, velocity, x0_from_prediction
+from published import noise_schedule, schedule_dict
 
 CURVES = {
     "scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012},
@@ -179,15 +180,15 @@ def test_weights_are_finite_where_nothing_of_the_picture_is_left():
 def test_config_survives_the_round_trip_and_opens_in_diffusers():
     for curve, (prediction_type, zero) in itertools.product(CURVES, KINDS):
         schedule, _ = pair(curve, prediction_type, zero)
-        config = schedule.to_diffusers()
-        assert NoiseSchedule.from_diffusers(config) == schedule
+        config = schedule_dict(schedule)
+        assert noise_schedule(config) == schedule
         theirs = diffusers.DDPMScheduler.from_config(config)
         torch.testing.assert_close(theirs.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-4, atol=1e-7)
         assert theirs.config.prediction_type == prediction_type
 
 
 def test_a_silent_config_means_what_diffusers_takes_it_for():
-    schedule, theirs = NoiseSchedule.from_diffusers({}), diffusers.DDPMScheduler()
+    schedule, theirs = noise_schedule({}), diffusers.DDPMScheduler()
     assert torch.equal(schedule.alphas_cumprod, theirs.alphas_cumprod)
     assert schedule.prediction_type == theirs.config.prediction_type
 
@@ -197,7 +198,7 @@ def test_bad_options_are_refused_by_name():
         ("prediction_type", lambda: NoiseSchedule(prediction_type="sample")),
         ("schedule", lambda: NoiseSchedule(schedule="sigmoid")),
         ("zero_terminal_snr", lambda: NoiseSchedule(zero_terminal_snr=True)),
-        ("trained_betas", lambda: NoiseSchedule.from_diffusers({"trained_betas": [0.1]})),
+        ("trained_betas", lambda: noise_schedule({"trained_betas": [0.1]})),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
