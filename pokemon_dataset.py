@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import monsters
 from images import to_pixels
-from pretrained_files import first_line
+from published import first_line
 from vae_model import VAE
 
 DEFAULT_DATASET = "svjack/pokemon-blip-captions-en-zh"
@@ -294,11 +294,11 @@ class CaptionedLatents:
     def __len__(self) -> int:
         return len(self.caption_of)
 
-    def mean(self, scaling_factor: float) -> list[float]:
+    def mean(self, vae: VAE) -> list[float]:
         """The mean of the scaled latents by channel, over some hundred pictures."""
         some = torch.arange(0, len(self), max(len(self) // 256, 1), device=self.caption_of.device)
         means = self.moments[some].flatten(0, 1).chunk(2, dim=1)[0]  # (2n, 4, h, w)
-        return (means.mean(dim=(0, 2, 3)) * scaling_factor).tolist()
+        return vae.scale_latents(means.mean(dim=(0, 2, 3))).tolist()
 
     def gather(self, indices: Tensor, mirrored: Tensor, drop_caption: Tensor) -> tuple[Tensor, Tensor]:
         """Moments (N, 8, h, w) and contexts (N, L, D) of the chosen pictures; all three arguments are (N,) tensors."""

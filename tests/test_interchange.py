@@ -26,8 +26,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
+from published import load_vae
 from stable_diffusion_model import StableDiffusion
-from vae_model import VAE
 
 PROMPT, NEGATIVE = "a small red fox", "blue water"
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++2m": DPMSolverMultistepScheduler}
@@ -303,7 +303,7 @@ def test_one_file_gives_the_same_picture_here_and_in_diffusers(request, tmp_path
 
 
 def test_a_vae_is_taken_from_wherever_there_is_one(sd1, tmp_path):
-    wanted = VAE.load(sd1).state_dict()
+    wanted = load_vae(sd1).state_dict()
     model = StableDiffusion.from_pretrained(sd1, device="cpu")
     model.export(tmp_path / "model.safetensors")
     whole = load_file(tmp_path / "model.safetensors")
@@ -312,11 +312,11 @@ def test_a_vae_is_taken_from_wherever_there_is_one(sd1, tmp_path):
     save_file(alone, tmp_path / "vae-ft-mse.safetensors")
     torch.save({"state_dict": alone}, tmp_path / "vae-ft-mse.ckpt")
     for path in (sd1 / "vae", tmp_path / "model.safetensors", *tmp_path.glob("vae-ft-mse.*")):
-        assert_equal(VAE.load(path).state_dict(), wanted)
+        assert_equal(load_vae(path).state_dict(), wanted)
 
-    command = [sys.executable, "vae_model.py", tmp_path / "vae-ft-mse.safetensors", tmp_path / "vae_model.pth"]
+    command = [sys.executable, "-m", "published", tmp_path / "vae-ft-mse.safetensors", tmp_path / "vae_model.pth"]
     subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
-    assert_equal(VAE.load(tmp_path / "vae_model.pth").state_dict(), {n: t.half().float() for n, t in wanted.items()})
+    assert_equal(load_vae(tmp_path / "vae_model.pth").state_dict(), {n: t.half().float() for n, t in wanted.items()})
 
 
 def test_a_file_without_a_tokenizer_beside_it_says_what_it_misses(sd1, tmp_path):
@@ -371,7 +371,7 @@ def test_bad_weights_are_refused(folder, tmp_path):
     refused(folder, UNET_FILE)
     shutil.copy(folder / "unet" / "diffusion_pytorch_model.bin", tmp_path / "model.ckpt")
     refused(tmp_path / "model.ckpt", "mkdir")
-    refused(tmp_path / "model.ckpt", "mkdir", load=VAE.load)
+    refused(tmp_path / "model.ckpt", "mkdir", load=load_vae)
     assert not trap.exists()
 
 

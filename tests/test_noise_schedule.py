@@ -1,5 +1,6 @@
 """The noise schedule against diffusers' DDPMScheduler, its own inverses, and the end where formulas divide by zero."""
 
+import functools
 import itertools
 
 import diffusers
@@ -7,7 +8,8 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from diffusion_model import NoiseSchedule
+from noise_schedule import NoiseSchedule, epsilon_from_prediction, noised, velocity, x0_from_prediction
+from published import noise_schedule, schedule_dict
 
 CURVES = {
     "scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012},
@@ -98,6 +100,33 @@ def test_predictions_turn_back_into_what_made_them(prediction_type, zero):
     assert torch.equal(schedule.add_noise(x0, noise, torch.full((len(T),), 999)), noise) == zero
 
 
+@pytest.mark.parametrize(("prediction_type", "zero"), KINDS)
+def test_training_and_samplers_compute_the_same(prediction_type, zero):
+    """The equations at a float ᾱ, as samplers call them, and at timesteps, as training does."""
+    schedule, _ = pair("scaled_linear", prediction_type, zero)
+    x0, noise = pictures()
+    x_t, target = schedule.add_noise(x0, noise, T), schedule.target(x0, noise, T)
+    for i, t in enumerate(T):
+        alpha_bar, one = schedule.alphas_cumprod[t].item(), slice(i, i + 1)
+        close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+        close(noised(x0[one], noise[one], alpha_bar), x_t[one])
+        wanted = noise[one] if prediction_type == "epsilon" else velocity(x0[one], noise[one], alpha_bar)
+        close(target[one], wanted)
+        predicted = target[one], x_t[one], alpha_bar, prediction_type
+        close(x0_from_prediction(*predicted), schedule.to_x0(target, x_t, T)[one])
+        close(epsilon_from_prediction(*predicted), schedule.to_epsilon(target, x_t, T)[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_results_have_the_type_of_what_was_given(dtype):
+    schedule, _ = pair("scaled_linear", "v_prediction")
+    x0, noise = (v.to(dtype) for v in pictures())
+    x_t, target = schedule.add_noise(x0, noise, T), schedule.target(x0, noise, T)
+    found = schedule.to_x0(target, x_t, T), schedule.to_epsilon(target, x_t, T)
+    assert {tensor.dtype for tensor in (x_t, target, *found)} == {dtype}
+    torch.testing.assert_close(found[0].double(), x0.double(), rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 4, 5, 6)])
 def test_each_picture_has_its_own_timestep(shape):
     schedule, t = NoiseSchedule(), torch.tensor([5, 500, 995])
@@ -151,15 +180,15 @@ def test_weights_are_finite_where_nothing_of_the_picture_is_left():
 def test_config_survives_the_round_trip_and_opens_in_diffusers():
     for curve, (prediction_type, zero) in itertools.product(CURVES, KINDS):
         schedule, _ = pair(curve, prediction_type, zero)
-        config = schedule.to_diffusers()
-        assert NoiseSchedule.from_diffusers(config) == schedule
+        config = schedule_dict(schedule)
+        assert noise_schedule(config) == schedule
         theirs = diffusers.DDPMScheduler.from_config(config)
         torch.testing.assert_close(theirs.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-4, atol=1e-7)
         assert theirs.config.prediction_type == prediction_type
 
 
 def test_a_silent_config_means_what_diffusers_takes_it_for():
-    schedule, theirs = NoiseSchedule.from_diffusers({}), diffusers.DDPMScheduler()
+    schedule, theirs = noise_schedule({}), diffusers.DDPMScheduler()
     assert torch.equal(schedule.alphas_cumprod, theirs.alphas_cumprod)
     assert schedule.prediction_type == theirs.config.prediction_type
 
@@ -169,7 +198,7 @@ def test_bad_options_are_refused_by_name():
         ("prediction_type", lambda: NoiseSchedule(prediction_type="sample")),
         ("schedule", lambda: NoiseSchedule(schedule="sigmoid")),
         ("zero_terminal_snr", lambda: NoiseSchedule(zero_terminal_snr=True)),
-        ("trained_betas", lambda: NoiseSchedule.from_diffusers({"trained_betas": [0.1]})),
+        ("trained_betas", lambda: noise_schedule({"trained_betas": [0.1]})),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -25,6 +25,7 @@ from tiny import tiny_model
 
 from guidance import Guidance
 from images import format_parameters, image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
+from published import schedule_dict, unet_dict, vae_dict
 from samplers import SAMPLERS
 from stable_diffusion_model import StableDiffusion, slerp
 from text_encoder import split_weights
@@ -100,11 +101,11 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def theirs(kind: type, model: StableDiffusion, sampler: str, **options) -> torch.Tensor:
     """Final latents of one of diffusers' pipelines with our weights and our encodings of the prompts."""
-    unet = UNet2DConditionModel(**model.unet.config.to_diffusers())
-    vae = AutoencoderKL(**model.vae.config.to_diffusers())
+    unet = UNet2DConditionModel(**unet_dict(model.unet.config))
+    vae = AutoencoderKL(**vae_dict(model.vae.config))
     unet.load_state_dict(model.unet.state_dict())
     vae.load_state_dict(model.vae.state_dict())
-    scheduler = SCHEDULERS[sampler].from_config(model.scheduler_config | model.schedule.to_diffusers())
+    scheduler = SCHEDULERS[sampler].from_config(model.scheduler_config | schedule_dict(model.schedule))
     arguments = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = kind(vae=vae.eval(), text_encoder=None, tokenizer=None, unet=unet.eval(), scheduler=scheduler, **arguments)
     pipe.set_progress_bar_config(disable=True)

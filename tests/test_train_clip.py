@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTextModel,
 import monsters
 import train_clip
 from images import image_to_pixels, to_pixels
-from text_encoder import TextEncoder
+from published import load_text_encoder
 from train_clip import (
     FIRST_TRAINING_MONSTER,
     HELD_OUT_MONSTERS,
@@ -184,7 +184,7 @@ def test_every_reader_opens_the_folder(folder, tokenizer) -> None:
         assert torch.equal(tensor, ours.state_dict()[name])
 
     prompts = ["a red pokemon with two horns", "", "nonsense zyx 42"]
-    encoder = TextEncoder.load(folder)
+    encoder = load_text_encoder(folder)
     states = CLIPTextModel.from_pretrained(folder)(tokenize(tokenizer, prompts)).last_hidden_state
     assert states.shape == (3, 77, 32)
     torch.testing.assert_close(encoder(prompts), states)
@@ -206,7 +206,7 @@ def test_both_layouts_of_the_tokenizer_agree(folder, tokenizer, tmp_path, reader
 def test_diffusers_takes_it_as_a_pipelines_text_encoder(folder, tmp_path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    encoder = TextEncoder.load(folder)
+    encoder = load_text_encoder(folder)
     small = {"block_out_channels": (32,), "norm_num_groups": 8}
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(

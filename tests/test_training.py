@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train_stable_diffusion as script
-from diffusion_model import NoiseSchedule
+from noise_schedule import NoiseSchedule
 from pokemon_dataset import CaptionedLatents
 from samplers import timestep_grid
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from diffusion_model import NoiseSchedule, UNet, UNetConfig
+from diffusion_model import UNet, UNetConfig
+from noise_schedule import NoiseSchedule
 from stable_diffusion_model import StableDiffusion
 from text_encoder import TextEncoder
 from vae_model import VAE, VAEConfig

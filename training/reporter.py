@@ -133,7 +133,8 @@ class Reporter:
         if not finite:
             raise DivergedError(
                 f"step {self.step}: no gradient of the last {len(rows)} steps was finite. They changed nothing, "
-                "and the last checkpoint is whole: --resume from it with a lower --learning_rate, or with --precision float32."
+                "and the last checkpoint is whole: --resume from it with a lower --learning_rate, or with --precision "
+                "float32."
             )
         means = {name: sum(column) / len(finite) for name, column in zip(names, zip(*finite, strict=True), strict=True)}
         if self.options.log_every:
