@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from published import load_text_encoder, load_vae
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_model import NoiseSchedule, UNet, UNetConfig
 from images import image_sheet, save_png
 from pokemon_dataset import CaptionedLatents, load_captioned_images, prepare
+from published import load_text_encoder, load_vae
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
 from training.memory_forecast import forecast
 from training.reporter import Reporter

@@ -23,11 +23,11 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from published import load_vae
 from torch import Tensor, nn
 
 from images import save_png
 from pokemon_dataset import load_images
+from published import load_vae
 from stable_diffusion_model import choose_device
 from training.reconstruction import measure, reconstruction_sheet, to_floats
 from training.reporter import Reporter
