@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion_model import NoiseSchedule, UNet, UNetConfig
+from diffusion_model import UNet, UNetConfig
 from images import image_sheet, save_png
+from noise_schedule import NoiseSchedule
 from pokemon_dataset import CaptionedLatents, load_captioned_images, prepare
 from published import load_text_encoder, load_vae
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
@@ -212,22 +213,19 @@ def validation_loss(
     Every image is seen at four timesteps or more, all together spread evenly over 0…T-1. Chunks of 8 go to processes
     in turn, and are summed in one order, so that the result does not depend on how many there are.
     """
-    device, n, T = held_out.device, len(held_out), model.schedule.num_timesteps
-    draws = max(4, math.ceil(64 / n))  # of each image
+    device, images, T = held_out.device, len(held_out), model.schedule.num_timesteps
+    draws = max(4, math.ceil(64 / images))  # of each image
+    chunks = torch.arange(images * draws, device=device).split(8)
     losses: dict[int, list[float]] = {}
-    chunks = [(draw, first) for draw in range(draws) for first in range(0, n, 8)]
     for k in range(processes.rank, len(chunks), processes.count):
-        draw, first = chunks[k]
-        indices = held_out[first : first + 8]
+        indices, t = held_out[chunks[k] % images], ((chunks[k] + 0.5) / (images * draws) * T).long()  # (8,) each
         never = torch.zeros_like(indices, dtype=torch.bool)
         moments, context = data.gather(indices, mirrored=never, drop_caption=never)
         latents = model.vae.scale_latents(DiagonalGaussian.from_moments(moments).mode())
         noise = torch.randn(latents.shape, generator=generator_for(device, "validation", k), device=device)
-        place = torch.arange(first, first + len(indices), device=device) * draws + draw  # in 0 … n·draws - 1
-        t = ((place + 0.5) / (n * draws) * T).long()
         losses[k] = diffusion_loss(unet, model.schedule, Batch(latents, noise, t, context), None).tolist()
     merged = {k: values for share in processes.gather(losses) for k, values in share.items()}
-    return math.fsum(value for k in sorted(merged) for value in merged[k]) / (n * draws)
+    return math.fsum(value for values in merged.values() for value in values) / (images * draws)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,18 @@
+"""Imported once by the server that children are forked from: all that a training script needs."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import datasets  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402, F401
+import matplotlib.figure  # noqa: E402, F401
+import skimage.metrics  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
+import transformers.models.clip.modeling_clip  # noqa: E402, F401
+
+import train_clip  # noqa: E402, F401
+import train_stable_diffusion  # noqa: E402, F401
+import train_vae  # noqa: E402, F401
