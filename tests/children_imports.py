@@ -6,13 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import datasets  # noqa: E402, F401
-import matplotlib.backends.backend_agg  # noqa: E402, F401
-import matplotlib.figure  # noqa: E402, F401
-import skimage.metrics  # noqa: E402, F401
-import torch._dynamo  # noqa: E402, F401
-import transformers.models.clip.modeling_clip  # noqa: E402, F401
+import datasets  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import skimage.metrics  # noqa: F401
+import torch._dynamo  # noqa: F401
+import transformers.models.clip.modeling_clip  # noqa: F401
 
-import train_clip  # noqa: E402, F401
-import train_stable_diffusion  # noqa: E402, F401
-import train_vae  # noqa: E402, F401
+import train_clip  # noqa: F401
+import train_stable_diffusion  # noqa: F401
+import train_vae  # noqa: F401

@@ -7,28 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.children import Child, signal_at, start
 from tests.tiny import tiny_parts, training_arguments
 
-SCHEDULE = (
-    "--max_steps",
-    "8",
-    "--checkpoint_every",
-    "3",
-    "--validate_every",
-    "2",
-    "--preview_every",
-    "4",
-    "--log_every",
-    "3",
-)
+SCHEDULE = "--max_steps 8 --checkpoint_every 3 --validate_every 2 --preview_every 4 --log_every 3".split()
 
 # What a run does, in the order of its life, and how often: the n-th time that it comes there, it is struck.
 PLACES = [
-    ("encoding", 1), ("encoding", 5), ("loading", 1), ("step", 1), ("step", 3), ("step", 6), ("step", 8), ("average", 4),
-    ("row", 1), ("row", 2), ("row", 5), ("validation", 2), ("validation", 20), ("preview", 1), ("preview", 3),
-    ("decoding", 1), ("decoding", 2), ("checkpoint", 1), ("checkpoint", 2), ("checkpoint", 3), ("flush", 3),
-    ("flush", 30), ("rename", 1), ("replace", 2), ("replace", 9), ("replace", 14), ("model", 2), ("plot", 1), ("plot", 2),
+    ("encoding", 1), ("encoding", 5), ("loading", 1), ("step", 1), ("step", 3), ("step", 6), ("step", 8),
+    ("average", 4), ("row", 1), ("row", 2), ("row", 5), ("validation", 2), ("validation", 20), ("preview", 1),
+    ("preview", 3), ("decoding", 1), ("decoding", 2), ("checkpoint", 1), ("checkpoint", 2), ("checkpoint", 3),
+    ("flush", 3), ("flush", 30), ("rename", 1), ("replace", 2), ("replace", 9), ("replace", 14), ("model", 2),
+    ("plot", 1), ("plot", 2),
 ]  # fmt: skip
 
 

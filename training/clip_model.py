@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from published.clip_folders import load_tokenizer
-from published.weight_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
+from published.clip_folders import load_tokenizer
+from published.weight_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
 from training.presets import CLIPOptions
 from training.script import UserError
 

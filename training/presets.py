@@ -1,4 +1,4 @@
-"""All options of the three training scripts, and the presets of the U-Net's: every hyper-parameter in one visible place.
+"""All options of the training scripts and of the evaluation, and the presets: every hyper-parameter in one place.
 
 Marked `fixed` is what makes a run the run it is: it may not change on --resume. 0 switches off wherever it says so.
 """
@@ -208,4 +208,26 @@ class CLIPOptions:
     checkpoint_every: int = option(500, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
     keep_checkpoints: int = option(2, "the last so many are kept, and the best by validation", at_least=1)
     wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
+    # fmt: on
+
+
+@dataclass
+class EvaluationOptions:
+    """Measure a model: does it follow its prompts, does it copy, what does its VAE allow?"""
+
+    # fmt: off
+    model: str = option("stable_diffusion_results/monsters/model", "the model: folder, hub id or single file", group="what is measured")
+    dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
+    num_samples: int = option(100, "images to sample", at_least=1)
+    seed: int = option(0, "of the first image; the others count on", at_least=0)
+
+    resolution: int = option(512, "side of the images in pixels, divisible by 8", at_least=8, at_most=4096, group="how it samples")
+    batch_size: int = option(4, "images sampled at once", at_least=1)
+    steps: int = option(15, "sampling steps", at_least=1, at_most=1000)
+    sampler: str = option("dpm++2m", "ddpm, ddim, euler, euler_a or dpm++2m", choices=("ddpm", "ddim", "euler", "euler_a", "dpm++2m"))
+    guidance_scale: float = option(3.0, "classifier-free guidance; 1 = off")
+    device: str = option("auto", DEVICE)
+
+    output_dir: str = option("stable_diffusion_results/evaluation", "where the report goes", group="the report")
+    reuse: bool = option(False, "take the images that are already in --output_dir")
     # fmt: on
