@@ -49,8 +49,9 @@ from training.reproducible import (
     join_processes,
     learning_rate_at,
     resolve_precision,
+    was_restarted,
 )
-from training.run_folder import RunFolder, load_checkpoint, whole
+from training.run_folder import RunFolder, checkpoints_in, load_checkpoint, whole
 from training.script import UserError, run, user_errors
 from vae_model import DiagonalGaussian
 
@@ -400,6 +401,8 @@ def main(argv: list[str]) -> None:
     options = parse_options(Options, argv, PRESETS, default_preset="pokemon")
     with user_errors():
         processes = join_processes(choose_device(options.device))
+    if was_restarted(processes) and checkpoints_in(Path(options.output_dir)):  # goes on with what it has saved
+        options = parse_options(Options, [*argv, "--resume"], PRESETS, default_preset="pokemon")
     if options.batch_size % (processes.count * options.gradient_accumulation):
         raise UserError(
             f"--batch_size {options.batch_size} must be divisible by processes × --gradient_accumulation "

@@ -38,16 +38,21 @@ class Child:
 
 
 def start(
-    script: str, argv: list[str], cache: Path, printed: Path, before: Callable | None = None, *more: object
-) -> Child:
+    script: str, argv: list[str], cache: Path, printed: Path, before: Callable | None = None, *more: object,
+    environment: dict[str, str] | None = None,
+) -> Child:  # fmt: skip
     """Runs `python SCRIPT.py *argv` in a child; `before(*more)` is called there first, to set a trap."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, started once
-    process = CONTEXT.Process(target=_run, args=(script, argv, str(cache), str(printed), before, more))
+    arguments = (script, argv, str(cache), str(printed), environment or {}, before, more)
+    process = CONTEXT.Process(target=_run, args=arguments)
     process.start()
     return Child(process, printed)
 
 
-def _run(script: str, argv: list[str], cache: str, printed: str, before: Callable | None, more: tuple) -> None:
+def _run(
+    script: str, argv: list[str], cache: str, printed: str, environment: dict[str, str], before: Callable | None,
+    more: tuple,
+) -> None:  # fmt: skip
     import datasets
     import torch
 
@@ -55,6 +60,7 @@ def _run(script: str, argv: list[str], cache: str, printed: str, before: Callabl
     from training.script import run
 
     os.chdir(ROOT)
+    os.environ.update(environment)
     output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

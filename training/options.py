@@ -8,7 +8,6 @@ The parser is transformers' `HfArgumentParser`. Nothing here imports torch, so t
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
@@ -115,10 +114,6 @@ def parse_options(
             raise UserError(f"--preset {preset}: choose one of {', '.join(presets)}.")
         defaults |= presets[preset or default_preset] | {"preset": preset or default_preset}
     output_dir = output_dir or defaults.get("output_dir") or _default(cls, "output_dir")
-    # A job that torchrun starts again after a failure goes on with what it has saved.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restarted and any(Path(output_dir, "checkpoints").glob("step_*.pt")):
-        resume = True
     earlier = options_of_run(cls, output_dir) if resume else {}
     defaults |= earlier | from_file | {"output_dir": output_dir}
     if preset and earlier:

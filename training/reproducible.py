@@ -22,23 +22,18 @@ from training.script import UserError
 # Processes
 # ----------------------------------------------------------------------------------------------------------------------
 
-SETUP_TIMEOUT = datetime.timedelta(hours=24)  # how long processes wait for each other while pictures are encoded
+TIMEOUT = datetime.timedelta(hours=24)  # how long processes wait for each other, such as while one encodes images
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that `torchrun` started; one alone is rank 0 of 1.
-
-    What concerns the host alone (stops, barriers, file names) goes through `control`, a gloo group of its own: it waits
-    for no GPU, and its time-out allows hours of encoding, while a collective of training still fails within minutes.
-    """
+    """This process among those that `torchrun` started; one alone is rank 0 of 1."""
 
     rank: int
     count: int
     device: torch.device
     local_rank: int = 0  # among the processes of this machine
     local_count: int = 1
-    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -46,15 +41,14 @@ class Processes:
 
     def barrier(self) -> None:
         """Waits until all processes are here."""
-        if self.count > 1:
-            dist.barrier(self.control)
+        self.any(False)
 
     def any(self, flag: bool) -> bool:
         """True on all processes if it is on one: a decision that all must take alike."""
         if self.count == 1:
             return flag
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, dist.ReduceOp.MAX, self.control)
+        flags = torch.tensor([int(flag)])  # on the CPU, so that it waits for no GPU
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
     def gather(self, value: object) -> list:
@@ -62,7 +56,7 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list = [None] * self.count
-        dist.all_gather_object(values, value, self.control)
+        dist.all_gather_object(values, value)
         return values
 
     def mean(self, value: Tensor) -> Tensor:
@@ -88,9 +82,21 @@ def join_processes(device: torch.device) -> Processes:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
-    return Processes(dist.get_rank(), count, device, local_rank, local_count, control)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = None
+    if local_count == count and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        # torchrun keeps its store over restarts, and with it the addresses of processes that are gone (pytorch#135712).
+        # The count tells attempts apart, on one machine; README.md has the way for several.
+        master, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", master)
+    where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": count} if store is not None else {}
+    dist.init_process_group(backend, timeout=TIMEOUT, **where)
+    return Processes(dist.get_rank(), count, device, local_rank, local_count)
+
+
+def was_restarted(processes: Processes) -> bool:
+    """Whether `torchrun --max-restarts` has started this job again after a failure, as at least one process knows."""
+    return processes.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

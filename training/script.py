@@ -55,7 +55,11 @@ def run(main: Callable[[list[str]], None]) -> None:
             raise
         first_line = str(error).splitlines()[0]
         sys.exit(f"error: out of memory ({first_line}): try a smaller --batch_size or --resolution.")
-    _leave_group()
+    else:
+        _leave_group()
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing to say
 
 
 def _leave_group() -> None:
