@@ -37,8 +37,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokeniz
 import monsters
 from images import image_to_pixels
 from pokemon_dataset import load_captioned_pictures, load_pixels
-from published.clip_folders import load_tokenizer
 from published.weight_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
+from published.whole_models import load_tokenizer
 from stable_diffusion_model import choose_device
 from training import (
     EMA,

@@ -17,6 +17,7 @@ import torch
 import train_stable_diffusion as script
 from noise_schedule import NoiseSchedule
 from pokemon_dataset import CaptionedLatents
+from published import save_text_encoder
 from samplers import timestep_grid
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion
 from tests.conftest import ROOT
@@ -34,7 +35,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     tiny_vae().save(folder / "vae_model.pth")
-    tiny_text_encoder().save(folder / "clip", folder / "clip", torch.float32)
+    save_text_encoder(tiny_text_encoder(), folder / "clip", folder / "clip", torch.float32)
     return folder
 
 
