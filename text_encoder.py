@@ -63,12 +63,12 @@ class TextEncoder:
             piece = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             ids += piece
             weights += [weight] * len(piece)
-        room = self.length - 2
-        if len(ids) > room:
-            dropped = self.tokenizer.decode(ids[room:]).strip()
-            warnings.warn(f"The prompt is longer than {room} tokens; this was dropped: {dropped!r}", stacklevel=3)
-            ids, weights = ids[:room], weights[:room]
-        padding = room - len(ids)
+        limit = self.length - 2  # start and end take two
+        if len(ids) > limit:
+            dropped = self.tokenizer.decode(ids[limit:]).strip()
+            warnings.warn(f"The prompt is longer than {limit} tokens; this was dropped: {dropped!r}", stacklevel=3)
+            ids, weights = ids[:limit], weights[:limit]
+        padding = limit - len(ids)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         ids = [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id, *[pad] * padding]
         return ids, [1.0, *weights, *[1.0] * (padding + 1)]

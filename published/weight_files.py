@@ -98,8 +98,8 @@ def _reason(error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, after its kind: the part of it that fits into a sentence of ours."""
-    text = str(error).strip().rpartition("WeightsUnpickler error:")[2].strip()  # after PyTorch's essay
+    """What an error says in its first line, after its kind: short enough for a one-sentence message."""
+    text = str(error).strip().rpartition("WeightsUnpickler error:")[2].strip()  # after PyTorch's long explanation
     return f"{type(error).__name__}: {text.splitlines()[0][:200].rstrip(' .')}" if text else type(error).__name__
 
 

@@ -232,13 +232,13 @@ def test_rescaled_guidance_restores_the_conditional_spread():
 def test_steps_asked_are_steps_taken(model, calls, sampler):
     for steps in (1, 2, 3, 7, 20, 50):
         calls.clear()
-        told = []
+        reported = []
         model.sample(
             ["x"], steps=steps, sampler=sampler, height=8, width=8, progress=False,
-            callback=lambda step, t, x, x0, told=told: told.append(step),
+            callback=lambda step, t, x, x0, reported=reported: reported.append(step),
         )  # fmt: skip
         assert len(calls) == steps
-        assert told == list(range(steps))
+        assert reported == list(range(steps))
 
 
 def test_image_to_image_takes_its_share_of_the_steps(model, calls):
