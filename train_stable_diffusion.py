@@ -168,7 +168,7 @@ def draw_batch(
     if options.noise_offset:  # Guttenberg 2023: lets the mean of an image drift
         shift = torch.randn((N, shape[1], 1, 1), generator=generator, device=device)[mine]
         noise = noise + options.noise_offset * shift
-    latents = model.vae.scale_latents(posterior.mean + torch.exp(0.5 * posterior.logvar) * spread)
+    latents = model.vae.scale_latents(posterior.sample(noise=spread))
     return Batch(latents, noise, t[mine], context)
 
 

@@ -216,10 +216,11 @@ class DiagonalGaussian:
     def moments(self) -> Tensor:
         return torch.cat([self.mean, self.logvar], dim=1)  # (N, 8, h, w)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std · ε, drawn on the generator's device (Kingma & Welling 2014, Equation 10)."""
-        device = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """mean + std · ε (Kingma & Welling 2014, Equation 10); ε is `noise`, or drawn on the generator's device."""
+        if noise is None:
+            device = generator.device if generator is not None else self.mean.device
+            noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
 
     def mode(self) -> Tensor:

@@ -280,7 +280,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 def test_gradients_are_clipped_to_the_norm_asked_for_and_0_switches_it_off() -> None:
     for max_norm, expected in ((0.5, 0.5), (0.0, 20.0)):
         module = torch.nn.Linear(1, 1, bias=False)
-        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
         before = module.weight.item()
         (module.weight * 20).sum().backward()
         assert descend(optimizer, max_norm).item() == pytest.approx(20)
@@ -371,7 +371,7 @@ def test_a_step_adds_up_its_parts_to_the_gradient_of_the_mean() -> None:
         batch = Batch(
             torch.randn(8, 4, 8, 8), torch.randn(8, 4, 8, 8), torch.randint(1000, (8,)), torch.randn(8, 77, 32)
         )
-        optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(unet.parameters(), lr=0.1, fused=True)
         options = Options(gradient_accumulation=parts, gradient_clip=0.0)
         loss, norm = train_step(unet, schedule, batch, optimizer, options, torch.float32)
         results.append((loss, norm, [p.detach().clone() for p in unet.parameters()]))

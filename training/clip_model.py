@@ -19,8 +19,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
-from published.whole_models import load_tokenizer
 from published.weight_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
+from published.whole_models import load_tokenizer
 from training.presets import CLIPOptions
 from training.script import UserError
 

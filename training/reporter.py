@@ -28,14 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.reproducible import Processes
-from training.run_folder import RunFolder
+from training.run_folder import DivergedError, RunFolder
 from training.script import StopRequest, UserError
 
 CHECK_EVERY = 100  # steps between looks at the numbers where no row of metrics is asked for
-
-
-class DivergedError(UserError, FloatingPointError):
-    """Training has left the finite numbers."""
 
 
 class PostponedError(Exception):

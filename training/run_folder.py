@@ -30,6 +30,11 @@ from training.script import UserError
 
 PRODUCTS = ("model", "clip", "vae_model.pth", "training_state.pt")  # what a run leaves; never overwritten unasked
 
+
+class DivergedError(UserError, FloatingPointError):
+    """Training has left the finite numbers."""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files that are whole or not there
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,11 +260,11 @@ class RunFolder:
     def save_checkpoint(self, state: dict, keep: int, is_best: bool = False) -> None:
         """Writes a checkpoint and removes all but the last `keep`; the best one so far is kept as checkpoints/best.pt.
 
-        UserError if the disk has no room for it, or if a tensor is not finite; the earlier ones are untouched then.
+        UserError if the disk has no room for it, DivergedError if a tensor is not finite: earlier ones are untouched.
         """
         tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
         if not all_finite(tensors):
-            raise UserError(
+            raise DivergedError(
                 f"step {state['step']}: NaN or infinity in the weights, which are not saved: --resume from the last "
                 "checkpoint with a lower --learning_rate, or with --precision float32."
             )
