@@ -17,11 +17,13 @@ import PIL
 import pytest
 from PIL import Image, ImageChops, ImageFilter
 
-import monster_anatomy
-import monster_captions as grammar
-import monster_drawing
 import monsters
+from monsters import captions as grammar
+from monsters import dataset
+from monsters.anatomy import assemble
+from monsters.drawing import draw_part
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = 64
 
 
@@ -51,11 +53,10 @@ def test_the_same_index_gives_the_same_bytes_in_another_process():
         "import hashlib, monsters\n"
         "for i in range(12): print(hashlib.sha256(monsters.draw(i, 96).tobytes()).hexdigest(), monsters.caption(i))"
     )
-    root = Path(__file__).resolve().parent.parent
     here = [f"{hashlib.sha256(monsters.draw(i, 96).tobytes()).hexdigest()} {monsters.caption(i)}" for i in range(12)]
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        there = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+        there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert there.stdout.splitlines() == here, there.stderr
 
 
@@ -173,12 +174,12 @@ def test_every_part_of_the_record_can_be_seen():
     seen = Counter()
     for index in range(120):
         record = monsters.roll(index)
-        parts = monster_anatomy.assemble(record)
+        parts = assemble(record)
         for name in {part.name for part in parts} & {"wings", "tail", "crest", "motif", "eyes", "mouth"}:
             canvas = Image.new("RGB", (4 * SMALL, 4 * SMALL), "white")
             for part in parts:
                 if part.name != name:
-                    monster_drawing.paint(canvas, part)
+                    draw_part(canvas, part)
             assert difference(canvas.reduce(4), small(index)) > (0.0005 if name == "mouth" else 0.004), (index, name)
             seen[name] += 1
     assert len(seen) == 6 and min(seen.values()) > 30
@@ -252,8 +253,8 @@ def test_a_caption_contradicts_nothing_in_the_record():
             if colour != m.colour:  # the wisp is called purple
                 assert not said(text.replace("purple wisp", ""), [colour]), text
         for element in monsters.ELEMENTS:
-            assert element == m.element or not said(text, [f"{element} type", *grammar.SIGN[element]]), text
-        for place, phrase in grammar.SIGN_PLACE.items():
+            assert element == m.element or not said(text, [f"{element} type", *grammar.MOTIF[element]]), text
+        for place, phrase in grammar.MOTIF_PLACE.items():
             assert place == m.motif_place or phrase not in text, text
         for table, value in (
             (grammar.BODY, m.body),
@@ -342,7 +343,7 @@ def test_a_data_set_is_drawn_once_in_parallel_and_then_cached(tmp_path, monkeypa
     assert files and files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
     assert again["text"][:] == loaded["text"][:]
 
-    monkeypatch.setattr(monsters, "source_version", lambda: "other code")
+    monkeypatch.setattr(dataset, "source_version", lambda: "other code")
     monsters.load_monsters(20, size=32, start=5, num_proc=2)
     assert len(list(tmp_path.rglob("*.arrow"))) > len(files)
 
@@ -356,9 +357,8 @@ def test_a_bad_count_gets_one_sentence():
 
 
 def test_the_contact_sheet_is_drawn(tmp_path):
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "monsters.py", "--output", str(tmp_path / "sheet.png"), "--count", "5", "--size"]
-    subprocess.run([*command, "48"], cwd=root, check=True, capture_output=True)
+    command = [sys.executable, "-m", "monsters", "--output", str(tmp_path / "sheet.png"), "--count", "5", "--size"]
+    subprocess.run([*command, "48"], cwd=ROOT, check=True, capture_output=True)
     assert Image.open(tmp_path / "sheet.png").width == 3 * 48
-    bad = subprocess.run([*command, "7"], cwd=root, capture_output=True, text=True)
+    bad = subprocess.run([*command, "7"], cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 2 and "16 to 4096" in bad.stderr and "Traceback" not in bad.stderr
