@@ -7,24 +7,22 @@ import numpy as np
 from PIL import Image
 
 
-def hue_saturation_value(image: Image.Image, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Hue in degrees, chroma, saturation and value in 0..1 of the picture at side x side, each (side, side)."""
+def hue_chroma_saturation_value(image: Image.Image, side: int) -> np.ndarray:
+    """The image at side x side pixels: hue in degrees, chroma, saturation and value in 0..1, (4, side, side)."""
+    from matplotlib.colors import rgb_to_hsv  # here, because it is slow to import
+
     pixels = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BOX), np.float32) / 255
-    high, low = pixels.max(-1), pixels.min(-1)
-    chroma = high - low
-    r, g, b = np.moveaxis(pixels, -1, 0)
-    safe = np.maximum(chroma, 1e-6)
-    sector = np.where(high == r, ((g - b) / safe) % 6, np.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    return 60 * sector, chroma, chroma / np.maximum(high, 1e-6), high
+    hue, saturation, value = np.moveaxis(rgb_to_hsv(pixels), -1, 0)
+    return np.stack([360 * hue, saturation * value, saturation, value])
 
 
 def colour_of(image: Image.Image) -> str:
-    """The one of COLOURS that dominates what is not white in a picture; "" for a blank one.
+    """The one of COLOURS that dominates what is not white in an image; "" for a blank one.
 
     Every pixel votes with its chroma, so that pale bellies, dark lines and blurred edges count for little.
     """
-    hue, chroma, saturation, value = hue_saturation_value(image, 96)
-    pale = (value > 0.80) & (saturation < 0.26)  # white ground, cream bellies, insect wings, catchlights
+    hue, chroma, saturation, value = hue_chroma_saturation_value(image, 96)
+    pale = (value > 0.80) & (saturation < 0.26)  # white ground, cream bellies, insect wings, highlights in the eyes
     gray = ~pale & ((chroma < 0.09) | (saturation < 0.14))
     vivid = ~pale & ~gray
     red_side = (hue < 10) | (hue >= 347)
@@ -51,23 +49,17 @@ def colour_of(image: Image.Image) -> str:
 
 
 def is_monster_on_white(image: Image.Image) -> bool:
-    """Whether a picture shows one thing of a creature's size, in its middle, on a white ground."""
-    _, chroma, _, value = hue_saturation_value(image, 64)
+    """Whether an image shows one thing of a monster's size, about in the middle, on a white ground."""
+    from skimage.measure import label, regionprops  # here, because it is slow to import
+
+    _, chroma, _, value = hue_chroma_saturation_value(image, 64)
     ground = (value > 0.90) & (chroma < 0.10)
     rim = np.concatenate([ground[0], ground[-1], ground[:, 0], ground[:, -1]])
-    if rim.mean() < 0.90:
+    if rim.mean() < 0.90 or ground.all():
         return False
-    things = set(map(tuple, np.argwhere(~ground).tolist()))
-    area, largest = len(things), []
-    while things:
-        piece = [things.pop()]
-        for y, x in piece:  # grows while it is walked
-            for neighbour in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if neighbour in things:
-                    things.remove(neighbour)
-                    piece.append(neighbour)
-        largest = max(largest, piece, key=len)
-    if not 0.06 < len(largest) / ground.size < 0.80 or len(largest) < 0.6 * area:
+    things = regionprops(label(~ground, connectivity=1))  # pixels that touch along an edge are one thing
+    largest = max(things, key=lambda thing: thing.area)
+    if not 0.06 < largest.area / ground.size < 0.80 or largest.area < 0.6 * np.count_nonzero(~ground):
         return False
-    y, x = np.mean(largest, axis=0) / ground.shape
+    y, x = np.divide(largest.centroid, ground.shape)
     return bool(0.25 < x < 0.75 and 0.25 < y < 0.75)

@@ -165,6 +165,32 @@ def test_the_colour_is_seen_in_blurred_and_noisy_pictures_too():
     assert right >= 190
 
 
+def variants(index: int) -> dict[str, Image.Image]:
+    """A monster as it is, as a half-trained model might make it, and at places and sizes that are wrong."""
+    image = small(index)
+    noise = np.frombuffer(random.Random(index).randbytes(3 * SMALL**2), np.uint8).reshape(SMALL, SMALL, 3)
+    noisy = Image.fromarray(np.clip(np.asarray(image) + (noise / 6 - 21), 0, 255).astype(np.uint8))
+    moved, shrunk, two = (Image.new("RGB", image.size, "white") for _ in range(3))
+    moved.paste(image, (index % 40 - 20, index % 30 - 15))
+    shrunk.paste(image.reduce(1 + index % 4), (16, 16))
+    two.paste(image.reduce(2), (0, 16))
+    two.paste(image.reduce(2), (32, 16))
+    blurred = noisy.filter(ImageFilter.GaussianBlur(1))
+    return {"drawn": image, "noisy": noisy, "blurred": blurred, "moved": moved, "shrunk": shrunk, "two": two}
+
+
+def test_the_verdicts_are_those_of_every_version_before() -> None:
+    """Reports of evaluations count verdicts. These were recorded when hues and connected pixels were found by hand."""
+    on_white, verdicts = Counter(), []
+    for index in range(80):
+        for name, image in variants(index).items():
+            colour, white = monsters.colour_of(image), monsters.is_monster_on_white(image)
+            on_white[name] += white
+            verdicts.append(f"{index} {name} {colour} {white}")
+    assert on_white == {"drawn": 80, "noisy": 80, "blurred": 80, "moved": 44, "shrunk": 20, "two": 1}
+    assert digest("\n".join(verdicts).encode()) == "6f237217a4075013"
+
+
 def test_a_blank_picture_has_no_colour():
     assert monsters.colour_of(Image.new("RGB", (64, 64), "white")) == ""
 
