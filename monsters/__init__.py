@@ -1,16 +1,17 @@
 """Pocket monsters: a data set of drawn creatures with captions, which needs no download.
 
-    record      what a monster is: its attributes, rolled from an index
-    captions    ... in a sentence
-    drawing     smooth shapes, lit and outlined
-    bodies      the ten bodies as shapes
-    attachments wings, tails, crests, and the signs of the elements
-    face        eyes and mouth
-    anatomy     all of it together, fitted into the image
-    dataset     `draw(index)`, `caption(index)`, `load_monsters(count)`
-    checks      what the pixels of an image say
+    record       the attributes of a monster, which follow from its index
+    captions     the attributes as a sentence
+    drawing      smooth shapes, lit and outlined
+    bodies       the ten bodies
+    attachments  wings, tails, crests, and the signs of the elements
+    face         eyes, mouth and the rest
+    anatomy      all of it together, fitted into the image
+    workers      the processes that draw a data set
+    dataset      `draw(index)`, `caption(index)`, `load_monsters(count)`
+    checks       what the pixels of an image say
 
-`python -m monsters` draws a sheet of them.
+Each imports only from those above it. `python -m monsters` draws a sheet of them.
 """
 
 from monsters.captions import words

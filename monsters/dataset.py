@@ -5,10 +5,12 @@ construction, since both are made from the same record.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from io import BytesIO
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from monsters.anatomy import assemble, boxes_of
 from monsters.captions import write_caption
 from monsters.drawing import draw_part
 from monsters.record import Monster, roll
+from monsters.workers import worker_processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,9 +66,9 @@ def caption(index: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_COUNT = 64
-SHARD = 16  # monsters that a worker takes at a time
+CHUNK = 4  # monsters that a worker draws at a time: few, since an interrupted run waits for them
 
-# the files that decide what is drawn and said
+# the modules of this package that decide what is drawn and said
 SOURCES = ("record", "captions", "drawing", "bodies", "attachments", "face", "anatomy", "dataset")
 
 
@@ -89,7 +92,10 @@ def parse_spec(text: str) -> int:
 
 
 def load_monsters(count: int, size: int = 512, start: int = 0, num_proc: int | None = None) -> "Dataset":
-    """Monsters start..start+count-1 as a `datasets.Dataset` with `image` and `text`, drawn once and then cached."""
+    """Monsters start..start+count-1 as a `datasets.Dataset` with `image` and `text`, drawn once and then cached.
+
+    `num_proc` processes draw, by default one for each core; the data set does not depend on it.
+    """
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
@@ -98,20 +104,19 @@ def load_monsters(count: int, size: int = 512, start: int = 0, num_proc: int | N
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise ValueError(f"The first monster's index is an integer of 0 or more, not {start!r}.")
     check_size(size)  # here, not in a worker
-    shards = [(first, min(first + SHARD, start + count)) for first in range(start, start + count, SHARD)]
-    workers = min(num_proc or os.cpu_count() or 1, len(shards))
-    return Dataset.from_generator(
-        data_rows,
-        features=Features({"image": ImageFeature(), "text": Value("string")}),
-        gen_kwargs={"shards": shards, "size": size, "version": source_version()},
-        num_proc=workers if workers > 1 else None,
-    )
+    # from_generator's own num_proc is not used: when the main process is killed, its workers go on.
+    workers = min(num_proc or os.cpu_count() or 1, math.ceil(count / 16))  # a few monsters are not worth a process
+    with worker_processes(workers) if workers > 1 else nullcontext() as pool:
+        tasks = range(start, start + count), repeat(size)
+        return Dataset.from_generator(
+            lambda: pool.map(data_row, *tasks, chunksize=CHUNK) if pool else map(data_row, *tasks),
+            features=Features({"image": ImageFeature(), "text": Value("string")}),
+            fingerprint=f"monsters-{start}-to-{start + count - 1}-{size}px-{source_version()}",  # names the cached file
+        )
 
 
-def data_rows(shards: list[tuple[int, int]], size: int, version: str) -> Iterator[dict]:
-    """Rows for `datasets`: the monsters of each shard (first, one past the last), images as PNG bytes."""
-    for first, end in shards:
-        for index in range(first, end):
-            buffer = BytesIO()
-            draw(index, size).save(buffer, "PNG", compress_level=4)
-            yield {"image": {"bytes": buffer.getvalue(), "path": None}, "text": caption(index)}
+def data_row(index: int, size: int) -> dict:
+    """A monster as a row of the data set, its image as PNG bytes."""
+    buffer = BytesIO()
+    draw(index, size).save(buffer, "PNG", compress_level=4)
+    return {"image": {"bytes": buffer.getvalue(), "path": None}, "text": caption(index)}

@@ -1,12 +1,17 @@
 """The monsters: the same bytes everywhere, no two alike, and captions that can be believed."""
 
+import contextlib
 import hashlib
 import itertools
+import multiprocessing
 import os
 import random
 import re
+import select
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import fields, replace
 from functools import cache
@@ -372,6 +377,85 @@ def test_a_data_set_is_drawn_once_in_parallel_and_then_cached(tmp_path, monkeypa
     monkeypatch.setattr(dataset, "source_version", lambda: "other code")
     monsters.load_monsters(20, size=32, start=5, num_proc=2)
     assert len(list(tmp_path.rglob("*.arrow"))) > len(files)
+
+
+DRAW_MANY = """
+import multiprocessing, os, sys
+from monsters import dataset
+multiprocessing.set_start_method("fork")  # so that the workers inherit the pipe and the function below
+pipe, draw = int(sys.argv[1]), dataset.draw
+def draw_and_tell(index, size):
+    os.write(pipe, os.getpid().to_bytes(4, "little"))
+    return draw(index, size)
+dataset.draw = draw_and_tell
+dataset.load_monsters(100_000, size=64, num_proc=2)
+"""
+
+
+def closes(pipe: int, seconds: float) -> bool:
+    """Whether all processes that can write to a pipe end in time."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if select.select([pipe], [], [], left)[0] and not os.read(pipe, 65536):
+            return True
+    return False
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that inherit a pipe")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_the_process_that_draws(number: int, tmp_path: Path) -> None:
+    """SIGTERM and SIGKILL reach the main process alone, Ctrl-C all of them; it leaves one traceback, not one each."""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    pipe, end_of_workers = os.pipe()
+    main = subprocess.Popen(
+        [sys.executable, "-c", DRAW_MANY, str(end_of_workers)],
+        cwd=ROOT, env=environment, pass_fds=[end_of_workers], start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(end_of_workers)
+    try:
+        workers = set()
+        while len(workers) < 2:
+            pid = os.read(pipe, 4)
+            assert pid, main.stderr.read()
+            workers.add(int.from_bytes(pid, "little"))
+        assert main.pid not in workers
+        if number == signal.SIGINT:
+            os.killpg(main.pid, number)
+        else:
+            main.send_signal(number)
+        assert closes(pipe, seconds=30), "a worker lives on"
+        assert main.wait(timeout=30) == -number
+        assert main.stderr.read().count("Traceback") == (number == signal.SIGINT)
+    finally:
+        os.close(pipe)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(main.pid, signal.SIGKILL)
+
+
+def test_an_error_in_a_worker_is_raised_and_leaves_no_worker(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(dataset, "data_row", no_row)
+    with pytest.raises(datasets.exceptions.DatasetGenerationError) as error:
+        monsters.load_monsters(40, size=32, num_proc=2)
+    assert "no row" in str(error.value.__cause__)
+    assert multiprocessing.active_children() == []
+
+
+def no_row(index: int, size: int) -> dict:
+    raise RuntimeError(f"no row for monster {index}")
+
+
+def test_the_version_covers_every_file_that_draws_or_captions() -> None:
+    files = {path.stem for path in (ROOT / "monsters").glob("*.py")}
+    assert files - set(dataset.SOURCES) == {"__init__", "__main__", "checks", "workers"}
+
+
+def test_importing_the_monsters_imports_nothing_slow() -> None:
+    code = "import sys, monsters; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "matplotlib", "skimage", "scipy", "datasets", "pandas"} & set(loaded.split())
 
 
 def test_a_bad_count_gets_one_sentence():
