@@ -212,7 +212,9 @@ STONE_SIDE = [(0.12, -0.66), (0.02, -0.22), (0.38, 0.10), (0.46, -0.34)]
 def motif_parts(element: str, x: float, y: float, scale: float, angle: float = 0.0) -> list[Part]:
     """The element's sign, standing on (x, y), about `scale` high."""
 
-    def part(outline: Outline, colour: RGB, inside: Outline = (), inner: RGB = WHITE, line_width=0.0085) -> Part:
+    def part(
+        outline: Outline, colour: RGB, inside: Outline = (), inner: RGB = WHITE, line_width: float = 0.0085
+    ) -> Part:
         decals = [([transform(inside, x, y, scale, angle)], inner)] if inside else []
         return Part("motif", [transform(outline, x, y, scale, angle)], colour, decals, line_width=line_width)
 
