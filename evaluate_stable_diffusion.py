@@ -18,8 +18,9 @@ if __name__ == "__main__":
     answer_help(Options)  # before the imports below, which take seconds
 
 import json
+import os
 import textwrap
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 import monsters
 from images import image_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
+from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
 from stable_diffusion_model import StableDiffusion
 from training.reconstruction import measure, to_bytes
@@ -54,7 +56,7 @@ class TrainingImages:
     def pixels(self, indices: list[int], size: int) -> Tensor:
         """(n, 3, size, size) in [-1, 1]."""
         if self.found is None:
-            with ProcessPoolExecutor() as pool:
+            with worker_processes(os.cpu_count() or 1) as pool:
                 drawn = pool.map(monsters.draw, indices, [size] * len(indices), chunksize=64)
                 return torch.stack([image_to_pixels(image) for image in tqdm(drawn, total=len(indices))])
         with ThreadPoolExecutor() as pool:
