@@ -6,10 +6,8 @@ import shutil
 from pathlib import Path
 
 import datasets
-import memory_forecast
 import pytest
 import torch
-from memory_forecast import Forecast, Meter, forecast, rehearse_step
 
 import train_stable_diffusion as script
 from diffusion_model import UNet, UNetConfig
@@ -26,6 +24,8 @@ from tests.test_interchange import (
     theirs,
     weights,
 )
+from training import memory_forecast
+from training.memory_forecast import Forecast, Meter, forecast, rehearse_step
 
 ZERO_SNR = SD2_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 

@@ -382,6 +382,132 @@ def test_a_step_adds_up_its_parts_to_the_gradient_of_the_mean() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_weighs_by_min_snr_and_clips_as_its_options_say() -> None:
+    torch.manual_seed(3)
+    unet, schedule = tiny_unet(), NoiseSchedule()
+    latents, noise = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+    batch = Batch(latents, noise, torch.tensor([1, 20, 300, 900]), torch.randn(4, 77, 32))
+    for gamma in (0.0, 5.0):
+        expected = diffusion_loss(unet, schedule, batch, gamma or None).mean()
+        before = torch.cat([p.detach().flatten() for p in unet.parameters()])
+        optimizer = torch.optim.SGD(unet.parameters(), lr=1.0, fused=True)
+        options = Options(min_snr_gamma=gamma, gradient_clip=1e-3)
+        loss, norm = train_step(unet, schedule, batch, optimizer, options, torch.float32)
+        moved = (torch.cat([p.detach().flatten() for p in unet.parameters()]) - before).norm()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert norm > 0.01 and moved.item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_a_step_computes_in_the_precision_asked_for() -> None:
+    seen = []
+    unet = tiny_unet()
+    unet.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    batch = Batch(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([1, 20]), torch.randn(2, 77, 32))
+    optimizer = torch.optim.SGD(unet.parameters(), lr=1.0, fused=True)
+    for precision in (torch.bfloat16, torch.float32):
+        train_step(unet, NoiseSchedule(), batch, optimizer, Options(), precision)
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_the_average_moves_by_one_minus_its_decay() -> None:
+    module = torch.nn.Linear(2, 2)
+    ema = EMA(module, 0.9)
+    old = ema.module.weight.clone()
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    ema.update(module, step=10_000)
+    torch.testing.assert_close(ema.module.weight, old + 0.1)
+    ema.update(module, step=0)  # early on it follows fast: decay (1 + 0) / (10 + 0)
+    torch.testing.assert_close(ema.module.weight, old + 0.1 + 0.9 * 0.9)
+
+
+@pytest.mark.parametrize("decay", ["0.9", "0"])
+def test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay: str
+) -> None:
+    """What is validated, previewed and saved are the averaged weights (the plain ones without an average)."""
+    runs, judged, rates = [], [], []
+    validate, step, sample, init = (
+        script.validation_loss,
+        script.train_step,
+        StableDiffusion.sample,
+        script.Run.__init__,
+    )
+
+    def remember(self: script.Run, *args: object) -> None:
+        runs.append(self)
+        init(self, *args)
+
+    def stepping(
+        unet: torch.nn.Module, schedule: NoiseSchedule, batch: Batch, optimizer: object, *more: object
+    ) -> tuple:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(unet, schedule, batch, optimizer, *more)
+
+    def judge(network: torch.nn.Module) -> None:
+        judged.append((network, {name: p.clone() for name, p in network.state_dict().items()}))
+
+    monkeypatch.setattr(script.Run, "__init__", remember)
+    monkeypatch.setattr(script, "train_step", stepping)
+    monkeypatch.setattr(script, "validation_loss", lambda unet, *a: (judge(unet), validate(unet, *a))[1])
+    monkeypatch.setattr(StableDiffusion, "sample", lambda self, *a, **k: (judge(self.unet), sample(self, *a, **k))[1])
+    script.main(arguments(parts, tmp_path / "run", "--ema_decay", decay, "--preview_every", "3"))
+    (run,) = runs
+    average = run.ema.module if float(decay) else run.unet
+    assert len(judged) == 4 and all(network is average for network, _ in judged)
+    assert rates == [[learning_rate_at(i, run.options.learning_rate, 2, 6)] * 2 for i in range(6)]
+    assert all(torch.equal(judged[-1][1][name], p) for name, p in average.state_dict().items())
+    saved = StableDiffusion.from_pretrained(tmp_path / "run" / "model", device="cpu").unet.state_dict()
+    assert all(torch.equal(saved[name], p) for name, p in average.state_dict().items())
+    if float(decay):
+        assert any(not torch.equal(p, run.unet.state_dict()[name]) for name, p in saved.items())
+    rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
+    assert [row["learning_rate"] for row in rows if row["loss"]] == [f"{rates[i][0]:.6g}" for i in (1, 3, 5)]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loss = [], script.diffusion_loss
+
+    def sometimes(unet: torch.nn.Module, *more: object) -> torch.Tensor:
+        calls.append(unet.training)
+        return loss(unet, *more) * (float("nan") if calls.count(True) in (2, 3) and unet.training else 1.0)
+
+    monkeypatch.setattr(script, "diffusion_loss", sometimes)
+    script.main(arguments(parts, tmp_path / "run", "--log_every", "3", "--preview_every", "0"))
+    rows = [row for row in csv.DictReader(open(tmp_path / "run" / "metrics.csv")) if row["loss"]]
+    assert [row["skipped_steps"] for row in rows] == ["2", ""]
+    assert all(np.isfinite(float(row["loss"])) and np.isfinite(float(row["gradient_norm"])) for row in rows)
+
+
+def test_resuming_checks_everything_before_it_writes_anything(parts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script.main(arguments(parts, run, "--max_steps", "3", "--preview_every", "0", "--validate_every", "0"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = [
+        (["--batch_size", "8"], "--batch_size 8: the run in .* has 4"),
+        (["--seed", "7"], "--seed 7"),
+        (["--resolution", "128"], "--resolution 128"),
+        (["--block_out_channels", "16", "48"], "--block_out_channels"),
+        (["--preset", "pokemon"], "--preset pokemon"),
+        (["--max_steps", "2"], "--max_steps 2: .* has taken 3 steps"),
+        (["--learning_rate", "-1"], "--learning_rate"),
+    ]
+    for more, sentence in refused:
+        with pytest.raises(UserError, match=sentence):
+            script.main(["--resume", "--output_dir", str(run), *more])
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    config = tmp_path / "more.yaml"
+    config.write_text("max_steps: 4\nlearning_rate: 1e-5\n")
+    script.main(["--resume", "--output_dir", str(run), "--config", str(config), "--log_every", "1"])
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["resumed"][0]["changed"] == {"max_steps": 4, "learning_rate": 1e-5, "log_every": 1}
+    config.write_text("seed: 4\n")
+    with pytest.raises(UserError, match="--seed 4"):
+        script.main(["--resume", "--output_dir", str(run), "--config", str(config)])
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
