@@ -127,9 +127,10 @@ class NoiseSchedule:
         """Weight of each image's squared error, (N,): min-SNR-γ (Hang et al. 2023, Section 3.4); None weighs all 1.
 
         In x_0-space the weight is min(SNR, γ). An ε-error is an x_0-error times √SNR, a v-error one times √(SNR+1),
-        so the weight is divided by that, which also keeps it finite at zero SNR for v-prediction.
+        so the weight is divided by that. A zero-terminal-SNR schedule weighs all 1, as Lin et al. 2024 do: min-SNR
+        would give the last timestep the weight 0, and it is there to be learned.
         """
-        if gamma is None:
+        if gamma is None or self.zero_terminal_snr:
             return torch.ones(t.shape, device=t.device)
         snr = self.snr(t)
         return snr.clamp(max=gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)

@@ -76,7 +76,11 @@ class StableDiffusion:
         self.schedule = schedule
         # A folder's own config is not mixed with our defaults: for what it leaves out, each sampler has its own.
         # Two values are set whatever the config says, as in diffusers' pipeline.
-        self.scheduler_config = {"_class_name": "DDIMScheduler"} | dict(scheduler_config or DEFAULT_SCHEDULER_CONFIG)
+        if scheduler_config is None:
+            # Zero terminal SNR is of use if sampling begins at the last timestep (Lin et al. 2024, Section 3.3).
+            spacing = {"timestep_spacing": "trailing"} if schedule.zero_terminal_snr else {}
+            scheduler_config = DEFAULT_SCHEDULER_CONFIG | spacing
+        self.scheduler_config = {"_class_name": "DDIMScheduler"} | dict(scheduler_config)
         self.scheduler_config |= {"clip_sample": False, "steps_offset": 1}
         self.name = name  # goes into the images' metadata
 

@@ -42,29 +42,53 @@ def start(
     environment: dict[str, str] | None = None,
 ) -> Child:  # fmt: skip
     """Runs `python SCRIPT.py *argv` in a child; `before(*more)` is called there first, to set a trap."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, started once
-    arguments = (script, argv, str(cache), str(printed), environment or {}, before, more)
-    process = CONTEXT.Process(target=_run, args=arguments)
+    arguments = (str(ROOT), script, argv, str(cache), str(printed), environment or {}, before, more)
+    return Child(fork(_run, *arguments), printed)
+
+
+def fork(function: Callable, *arguments: object) -> multiprocessing.Process:
+    """A process that calls `function`, with the heavy modules imported."""
+    os.environ.setdefault("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # for the server
+    process = CONTEXT.Process(target=function, args=arguments)
     process.start()
-    return Child(process, printed)
+    return process
+
+
+def use_code_in(root: str) -> None:
+    """Forgets the modules of this repository, and imports those in `root`, a copy of it, from here on."""
+    sys.path[:] = [root, os.path.join(root, "tests"), *(path for path in sys.path if Path(path) not in HERE)]
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/nowhere")
+        if ROOT in file.parents and "site-packages" not in file.parts:
+            del sys.modules[name]
+
+
+HERE = (ROOT, ROOT / "tests")
+
+
+def redirect(printed: str) -> None:
+    """Sends all that this process prints to a file."""
+    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1, encoding="utf-8") for _ in range(2))
 
 
 def _run(
-    script: str, argv: list[str], cache: str, printed: str, environment: dict[str, str], before: Callable | None,
-    more: tuple,
+    root: str, script: str, argv: list[str], cache: str, printed: str, environment: dict[str, str],
+    before: Callable | None, more: tuple,
 ) -> None:  # fmt: skip
+    redirect(printed)
+    if root != str(ROOT):
+        use_code_in(root)
     import datasets
     import torch
 
     from training import memory_forecast
     from training.script import run
 
-    os.chdir(ROOT)
+    os.chdir(root)
     os.environ.update(environment)
-    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1, encoding="utf-8") for _ in range(2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     torch.set_num_threads(1)

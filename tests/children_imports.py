@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import datasets  # noqa: F401
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
+import pytest  # noqa: F401
 import skimage.metrics  # noqa: F401
 import torch._dynamo  # noqa: F401
 import transformers.models.clip.modeling_clip  # noqa: F401

@@ -11,7 +11,7 @@ import torch
 from tests.children import Child, signal_at, start
 from tests.tiny import tiny_parts, training_arguments
 
-SCHEDULE = "--max_steps 8 --checkpoint_every 3 --validate_every 2 --preview_every 4 --log_every 3".split()
+SCHEDULE = "--max_steps 8 --checkpoint_every 3 --validate_every 2 --preview_every 4 --log_every 4".split()
 
 # What a run does, in the order of its life, and how often: the n-th time that it comes there, it is struck.
 PLACES = [

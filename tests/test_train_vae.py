@@ -202,6 +202,21 @@ def test_the_discriminator_joins_in_when_it_is_told_to(tmp_path: Path) -> None:
     assert not torch.equal(runs["never"][0], runs["now"][0])
 
 
+def test_the_decoder_learns_to_look_real(tmp_path: Path) -> None:
+    """Where a discriminator likes bright images, its part of the gradient makes the decoder's brighter."""
+    shifts = []
+    for weight in ("0", "0.9"):
+        torch.manual_seed(0)
+        run = make_run(tmp_path / weight, "--discriminator_start", "0", "--discriminator_weight", weight)
+        run.discriminator.forward = lambda images: images.mean(dim=1, keepdim=True)
+        run.critic.step = lambda: None
+        run.discriminator.loss = lambda real, made: run.discriminator.layers[0].bias.sum() * 0  # noqa: B023
+        before = run.vae.decoder.conv_out.bias.sum().item()
+        run.train_step(torch.zeros(4, 3, 32, 32), 0)
+        shifts.append(run.vae.decoder.conv_out.bias.sum().item() - before)
+    assert shifts[1] > shifts[0]
+
+
 def test_the_discriminator_learns_from_its_own_loss_alone(tmp_path: Path) -> None:
     """The gradients that pass through it on their way to the VAE are not added to its own."""
     run = make_run(tmp_path, "--discriminator_start", "0", "--gradient_clip", "0")

@@ -248,6 +248,8 @@ def test_goes_on_from_a_model_at_another_resolution_with_v_prediction(parts: Pat
     script.main(arguments(parts, tmp_path / "large", *quick, *pretrained))
     model = StableDiffusion.from_pretrained(tmp_path / "large" / "model", device="cpu")
     assert model.schedule.prediction_type == "v_prediction" and model.schedule.zero_terminal_snr
+    assert model.scheduler_config["timestep_spacing"] == "trailing"  # so that sampling begins at pure noise
+    assert model._grid("ddim", 10, None, None).levels[0] == 0
 
 
 def test_a_run_that_leaves_the_finite_numbers_stops_and_keeps_its_checkpoints(parts: Path, tmp_path: Path) -> None:
@@ -463,6 +465,19 @@ def test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate(
         assert any(not torch.equal(p, run.unet.state_dict()[name]) for name, p in saved.items())
     rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
     assert [row["learning_rate"] for row in rows if row["loss"]] == [f"{rates[i][0]:.6g}" for i in (1, 3, 5)]
+
+
+def test_the_best_model_is_the_one_with_the_lowest_validation_loss(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.5, 0.2, 0.4, 0.3])
+    monkeypatch.setattr(script, "validation_loss", lambda *_: next(losses))
+    every = ("--validate_every", "1", "--checkpoint_every", "1", "--max_steps", "4", "--preview_every", "0")
+    script.main(arguments(parts, tmp_path / "run", *every))
+    best = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
+    assert best["step"] == 2 and best["best_validation"] == 0.2
+    saved = StableDiffusion.from_pretrained(tmp_path / "run" / "best_model", device="cpu").unet.state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in best["ema"].items())
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(
