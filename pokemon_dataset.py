@@ -29,16 +29,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import monsters
-from images import to_pixels
+from images import TRANSFORM_VERSION, to_pixels
 from pretrained_files import first_line
 from vae_model import VAE
 
 DEFAULT_DATASET = "svjack/pokemon-blip-captions-en-zh"
 CAPTION_COLUMNS = ("text", "en_text", "caption")  # tried in this order when --caption_column is not given
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-TRANSFORM_VERSION = (
-    "exif, white ground, lanczos fit, centre crop: 1"  # part of the cache key; change it with `to_pixels`
-)
 ON_DEVICE_LIMIT = 8 * 2**30  # bytes of moments or text encodings above which a set stays memory-mapped
 
 # ----------------------------------------------------------------------------------------------------------------------
