@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import monsters
 from images import image_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
-from pokemon_dataset import load_captioned_pictures, load_pixels
+from pokemon_dataset import load_captioned_images, load_pixels
 from stable_diffusion_model import StableDiffusion
 from train_vae import measure
 from training import parse_options, run
@@ -56,7 +56,7 @@ class TrainingPictures:
 
     def __init__(self, source: str) -> None:
         self.monsters = monsters.parse_spec(source) if source.split(":")[0] == "monsters" else 0
-        self.found = None if self.monsters else load_captioned_pictures(source)
+        self.found = None if self.monsters else load_captioned_images(source)
 
     def __len__(self) -> int:
         return self.monsters or len(self.found)

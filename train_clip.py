@@ -36,7 +36,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokeniz
 
 import monsters
 from images import image_to_pixels
-from pokemon_dataset import load_captioned_pictures, load_pixels
+from pokemon_dataset import load_captioned_images, load_pixels
 from pretrained_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
 from stable_diffusion_model import choose_device
 from text_encoder import load_tokenizer
@@ -314,7 +314,7 @@ class Pictures:
 
 def load_pictures(source: str, size: int) -> tuple[Tensor, list[str]]:
     """All pictures of a source as bytes (M, 3, R, R), and their captions."""
-    table = load_captioned_pictures(source)
+    table = load_captioned_images(source)
     cells = table["image"]
     images = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:

@@ -27,22 +27,21 @@ from tqdm import tqdm
 from images import image_sheet, save_png
 from diffusion_model import NoiseSchedule, UNet, UNetConfig
 from memory_forecast import forecast
-from pokemon_dataset import DEFAULT_DATASET, CaptionedLatents, fingerprint, load_captioned_pictures, prepare
+from pokemon_dataset import DEFAULT_DATASET, CaptionedLatents, load_captioned_images, prepare
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
 from text_encoder import TextEncoder
 from training import (
     EMA,
-    Processes,
     RunFolder,
     StopRequest,
     batch_indices,
     generator_for,
-    join_processes,
     learning_rate_at,
     parse_options,
     resolve_precision,
     run,
 )
+from training.reproducible import Processes, join_processes
 from vae_model import VAE, DiagonalGaussian
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,18 +217,9 @@ def _check_objective(options: Options, schedule: NoiseSchedule) -> None:
 def load_data(
     options: Options, model: StableDiffusion, processes: Processes, precision: torch.dtype
 ) -> CaptionedLatents:
-    """Pictures and captions, encoded; the first process encodes, the others read what it cached."""
-    if not processes.is_main:
-        processes.barrier()
-    found = load_captioned_pictures(options.dataset, options.split, options.revision, options.caption_column)
-    model.text_encoder.model.to(processes.device)
-    encoder = fingerprint(model.text_encoder.model) + str(model.text_encoder.tokenizer.get_vocab().__len__())
-    data = prepare(
-        found, model.vae, model.encode_prompts, encoder, options.resolution, processes.device, precision=precision
-    )
-    if processes.is_main:
-        processes.barrier()
-    return data
+    """Images and captions, encoded by all processes together."""
+    found = load_captioned_images(options.dataset, options.split, options.revision, options.caption_column)
+    return prepare(found, model.vae, model.text_encoder, options.resolution, processes, precision)
 
 
 def split_pictures(count: int, share: float, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -540,7 +530,7 @@ def _say_hello(
         frozen=[model.vae, model.text_encoder.model],
         latents=(options.batch_size // processes.count // options.gradient_accumulation, side, side),
         length=model.text_encoder.length,
-        resident=sum(rows.resident.nbytes for rows in (data.moments, data.contexts) if rows.resident is not None),
+        resident=data.nbytes,
         device=processes.device,
         precision=precision,
         micro_batches=options.gradient_accumulation,

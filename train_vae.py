@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from images import image_sheet, pixels_to_images, save_png
-from pokemon_dataset import load_captioned_pictures, load_pixels
+from pokemon_dataset import load_captioned_images, load_pixels
 from stable_diffusion_model import choose_device
 from training import (
     EMA,
@@ -90,7 +90,7 @@ COLUMNS = ("step", "loss", "l1", "kl", "learning_rate", "psnr", "ssim", "picture
 
 def load_pictures(source: str, resolution: int) -> Tensor:
     """All pictures of a source as uint8 (N, 3, R, R) in host memory."""
-    cells = load_captioned_pictures(source)["image"]
+    cells = load_captioned_images(source)["image"]
     stacked = torch.empty(len(cells), 3, resolution, resolution, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         for start in tqdm(range(0, len(cells), 32), desc=f"reading {source}", unit="32 pictures"):
