@@ -1,130 +1,173 @@
-"""Captioned pictures and their cached latents: where they come from, and what training gathers of them.
+"""Captioned images and their cached latents: where they come from, and what training gathers of them.
 
 A source is one of
-    monsters, monsters:2000    drawn by `monsters.py`, no download
-    FOLDER                     pictures with `metadata.jsonl`/`.csv` (an `imagefolder`), or each with a `.txt` beside it
+    monsters, monsters:2000    drawn by `monsters`, no download
+    FOLDER                     images with `metadata.jsonl` or `.csv`, or each with a `.txt` beside it; parquet files
     OWNER/NAME                 a data set on the Hugging Face hub
 
-Spaces: a PIL picture of any size and mode → `images.to_pixels` → float (3, R, R) in [-1, 1] → `VAE.encode` → moments
-(8, R/8, R/8) of the raw latents. Every picture and its mirror is encoded once; `datasets` keeps the moments in an Arrow
-file that is named after the VAE's weights, the data and the transform, so nothing stale can be read.
+Spaces: a PIL image of any size and mode → `images.to_pixels` → float (3, R, R) in [-1, 1] → `VAE.encode` → moments
+(8, R/8, R/8) of the raw latents. Every image and its mirror is encoded once, and every distinct caption once; both are
+kept in `training.encoded_cache` under the SHA-256 of their content, so that nothing stale can be read.
 
-Letters: N pictures in the batch, R resolution, h = w = R/8, L text tokens, D width of the text encoding.
+Letters: N images in the batch, R resolution, h = w = R/8, L text tokens, D width of the text encoding.
 """
 
 import hashlib
-import io
 import os
-from collections.abc import Callable
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow as pa
+import huggingface_hub
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor, nn
-from tqdm import tqdm
+from PIL import Image
+from torch import Tensor
 
 import monsters
-from images import to_pixels
+from images import TRANSFORM_VERSION, to_pixels
 from published import first_line
+from text_encoder import TextEncoder
+from training.background import Progress
+from training.captioned_folder import CAPTION_COLUMNS, read_folder
+from training.encoded_cache import EncodedCache, Rows, encode_missing, fingerprint, tokenizer_fingerprint
+from training.image_files import (
+    BadImageError,
+    content_keys,
+    content_of,
+    decode,
+    name_of,
+    pixels_of,
+    refuse_or_warn,
+    undecodable,
+)
+from training.reproducible import Processes
+from training.script import UserError, user_errors
 from vae_model import VAE
 
-DEFAULT_DATASET = "svjack/pokemon-blip-captions-en-zh"
-CAPTION_COLUMNS = ("text", "en_text", "caption")  # tried in this order when --caption_column is not given
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-TRANSFORM_VERSION = (
-    "exif, white ground, lanczos fit, centre crop: 1"  # part of the cache key; change it with `to_pixels`
-)
-ON_DEVICE_LIMIT = 8 * 2**30  # bytes of moments or text encodings above which a set stays memory-mapped
+DEVICE_SHARE = 0.3  # of the GPU's free memory that moments and contexts may take; the rest is for training
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: everything becomes a `datasets.Dataset` with the columns `image` (undecoded) and `text`
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_captioned_pictures(
-    source: str, split: str = "train", revision: str | None = None, caption_column: str | None = None
+def load_captioned_images(
+    source: str,
+    split: str = "train",
+    revision: str | None = None,
+    caption_column: str | None = None,
+    caption: str | None = None,
 ) -> datasets.Dataset:
-    """The captioned pictures of `source` as a Dataset with columns `image` (bytes or path, decoded later) and `text`.
+    """The captioned images of `source` as a Dataset with columns `image` (bytes or path, decoded later) and `text`.
 
-    Raises ValueError or FileNotFoundError, in one sentence, if there is no such source or it has no captions.
+    `caption` is for all images of a source that has none. Raises UserError, one sentence that says what to do.
     """
-    if source.split(":")[0] == "monsters":
-        pictures = monsters.load_monsters(monsters.parse_spec(source))
-    elif Path(source).is_dir():
-        pictures = _load_folder(Path(source), split)
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise FileNotFoundError(f"--dataset {source}: there is no such folder.")
-    else:
-        pictures = _load_hub(source, split, revision)
-
-    image_column = next((n for n, f in pictures.features.items() if isinstance(f, datasets.Image)), None)
-    if image_column is None:
-        raise ValueError(f"--dataset {source}: no column holds pictures; it has {', '.join(pictures.column_names)}.")
-    if caption_column is None:
-        caption_column = next((c for c in CAPTION_COLUMNS if c in pictures.column_names), None)
-        if caption_column is None:
-            raise ValueError(
-                f"--dataset {source}: no captions: none of its columns ({', '.join(pictures.column_names)}) is called "
-                f"{', '.join(CAPTION_COLUMNS)}; name one with --caption_column, add a metadata.jsonl with "
-                "file_name and text, or put a .txt beside each picture."
-            )
-    elif caption_column not in pictures.column_names:
-        raise ValueError(
-            f"--caption_column {caption_column}: {source} has the columns {', '.join(pictures.column_names)}."
+    where = os.path.expanduser(source)
+    is_folder, is_drawn = source != "" and os.path.isdir(where), source.split(":")[0] == "monsters"
+    if revision is not None and (is_folder or is_drawn):
+        raise UserError(
+            f"--revision {revision}: only data sets on the Hugging Face hub have revisions; {source} has none."
         )
-    if len(pictures) == 0:
-        raise ValueError(f"--dataset {source}: the split {split!r} is empty.")
-    # CLIP reads English: captions in another language (`zh_text` of the default set) need a text encoder that reads it.
-    pictures = pictures.select_columns([image_column, caption_column])
-    pictures = pictures.rename_columns(
-        {k: v for k, v in {image_column: "image", caption_column: "text"}.items() if k != v}
-    )
-    return pictures.cast_column("image", datasets.Image(decode=False))
+    if is_drawn:
+        with user_errors():
+            count = monsters.parse_spec(source)
+        found = _part_of(split, "train", source, monsters.load_monsters(count))
+    elif is_folder:
+        name = split.partition("[")[0]  # train[:100] is the first hundred of train
+        read = read_folder(where, name, caption_column, caption)
+        if read is not None:
+            columns = dict(zip(("image", "text"), read, strict=True))
+            features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+            return _part_of(split, name, source, datasets.Dataset.from_dict(columns, features))
+        found = _load_other_folder(where, split)
+    elif os.path.isfile(where):
+        raise UserError(f"--dataset {source}: this is a file; pass the folder that it is in.")
+    elif source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(
+            f"--dataset {source}: there is no such folder, and data sets on the Hugging Face hub are called "
+            f"OWNER/NAME; {_INSTEAD}"
+        )
+    else:
+        found = _load_hub(source, split, revision)
+    return _two_columns(found, source, caption_column, caption)
 
 
-def _load_folder(folder: Path, split: str) -> datasets.Dataset:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    pictures = [p for p in files if p.suffix.lower() in PICTURE_SUFFIXES]
-    described = any(p.stem == "metadata" for p in files) or any(p.suffix in (".parquet", ".arrow") for p in files)
-    if pictures and not described:
-        if without := [p for p in pictures if not p.with_suffix(".txt").is_file()]:
-            raise ValueError(
-                f"--dataset {folder}: {without[0].name} has no caption: put {without[0].stem}.txt beside it, or write "
-                "a metadata.jsonl with file_name and text for every picture."
-            )
-        captions = [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in pictures]
-        # Sizes and times make the fingerprint change with the files.
-        stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in pictures]
-        return _from_lists([str(p.resolve()) for p in pictures], captions, stamps)
-    if not pictures and not described:
-        raise ValueError(f"--dataset {folder}: there are no pictures in this folder.")
+_INSTEAD = "pass a folder of captioned images, or --dataset monsters, which needs no download."
+
+
+def _part_of(split: str, name: str, source: str, found: datasets.Dataset) -> datasets.Dataset:
+    """The part that `split`, such as train[:10%], asks for of a data set that is the whole split `name`."""
+    if split == name:
+        return found
     try:
-        return datasets.load_dataset(str(folder), split=split)
+        [part] = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(found)})
+        chosen = range(part.from_ or 0, len(found) if part.to is None else part.to)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--split {split}: {source} has {name}, or a part of it as in {name}[:100].") from error
+    if not chosen:
+        raise UserError(f"--split {split}: that part of {source}, which has {len(found)} images, is empty.")
+    return found.select(chosen)
+
+
+def _load_other_folder(folder: str, split: str) -> datasets.Dataset:
+    """A folder of parquet files or whatever else `datasets` reads."""
+    try:
+        return datasets.load_dataset(folder, split=split)
     except Exception as error:  # `datasets` has many kinds; the user needs one sentence
-        raise ValueError(f"--dataset {folder}: cannot be read as an imagefolder ({first_line(error)}).") from error
-
-
-def _from_lists(paths: list[str], captions: list[str], stamps: list[tuple[int, int]]) -> datasets.Dataset:
-    digest = hashlib.sha256(repr((paths, captions, stamps)).encode()).hexdigest()
-    table = datasets.Dataset(pa.table({"image": paths, "text": captions}), fingerprint=digest[:32])
-    features = table.features.copy()
-    features["image"] = datasets.Image()
-    return table.cast(features)
+        raise UserError(f"--dataset {folder}: cannot be read as a data set ({first_line(error)}).") from error
 
 
 def _load_hub(name: str, split: str, revision: str | None) -> datasets.Dataset:
     try:
+        # One request that fails at once without a network; `load_dataset` would go on trying for half a minute.
+        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=10)
         return datasets.load_dataset(name, split=split, revision=revision)
-    except Exception as error:  # offline, withdrawn, gated, misspelt …
-        raise FileNotFoundError(
-            f"--dataset {name}: cannot be had from the Hugging Face hub ({first_line(error)}); pass another id, a "
-            "folder of captioned pictures, or --dataset monsters, which needs no download."
-        ) from error
+    except Exception as error:  # offline, hub down, withdrawn, gated, misspelt …
+        offline = datasets.config.HF_HUB_OFFLINE
+        try:
+            datasets.config.HF_HUB_OFFLINE = True  # then it takes what was downloaded before
+            return datasets.load_dataset(name, split=split, revision=revision)
+        except Exception:
+            raise UserError(
+                f"--dataset {name}: there is no such folder, and the Hugging Face hub does not give it "
+                f"({first_line(error)}); {_INSTEAD}"
+            ) from error
+        finally:
+            datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _two_columns(
+    found: datasets.Dataset, source: str, caption_column: str | None, caption: str | None
+) -> datasets.Dataset:
+    """Finds the columns of images and captions and calls them `image` and `text`."""
+    columns = ", ".join(found.column_names)
+    image_column = next((name for name, kind in found.features.items() if isinstance(kind, datasets.Image)), None)
+    if image_column is None:
+        raise UserError(f"--dataset {source}: no column holds images; it has {columns}.")
+    if caption_column is not None and caption_column not in found.column_names:
+        raise UserError(f"--caption_column {caption_column}: {source} has the columns {columns}.")
+    caption_column = caption_column or next((name for name in CAPTION_COLUMNS if name in found.column_names), None)
+    if caption is not None:
+        if caption_column is not None:
+            raise UserError(f"--caption: {source} has captions of its own ({caption_column}); leave the option out.")
+        found = found.select_columns([image_column]).add_column("text", [caption] * len(found))
+        caption_column = "text"
+    if caption_column is None:
+        raise UserError(
+            f"--dataset {source}: no captions: none of its columns ({columns}) is called {', '.join(CAPTION_COLUMNS)}; "
+            "name one with --caption_column, or give all images the same one with --caption."
+        )
+    if getattr(found.features[caption_column], "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"--caption_column {caption_column}: in {source} that column holds no texts.")
+    if len(found) == 0:
+        raise UserError(f"--dataset {source}: there is nothing in this split.")
+    # CLIP reads English: captions in another language (`zh_text` of the default set) need a text encoder that reads it.
+    found = found.select_columns([image_column, caption_column])
+    names = {image_column: "image", caption_column: "text"}
+    found = found.rename_columns({old: new for old, new in names.items() if old != new})
+    return found.cast_column("image", datasets.Image(decode=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,129 +175,34 @@ def _load_hub(name: str, split: str, revision: str | None) -> datasets.Dataset:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def open_picture(cell: dict) -> Image.Image:
-    """An undecoded cell of the `image` column → the PIL picture; ValueError names a file that is not a picture."""
-    content = io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
+def open_image(cell: dict) -> Image.Image:
+    """An undecoded cell of the `image` column → the PIL image; UserError names a file that is no image."""
     try:
-        picture = Image.open(content)
-        picture.load()
-        return picture
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        name = cell.get("path") or "a picture of the data set"
-        raise ValueError(
-            f"{name}: cannot be read as a picture ({first_line(error)}); replace it or leave it out."
-        ) from error
+        return decode(content_of(cell))
+    except BadImageError as error:
+        name = (cell or {}).get("path") or "an image of the data set"
+        raise UserError(f"{name}: cannot be used as an image ({error}); replace it or leave it out.") from error
 
 
 def load_pixels(cells: list[dict], resolution: int, pool: ThreadPoolExecutor) -> Tensor:
     """Undecoded cells → (N, 3, R, R) in [-1, 1]; decoding and resizing run beside each other in threads."""
-    return torch.stack(list(pool.map(lambda cell: to_pixels(open_picture(cell), resolution), cells)))
+    return torch.stack(list(pool.map(lambda cell: to_pixels(open_image(cell), resolution), cells)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The cache: moments of every picture and its mirror, encodings of every distinct caption
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A digest of a network's weights, names and types: another weight, another digest."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _cache_file(kind: str, *parts: str) -> str:
-    """The Arrow file for what is made from `parts`, under the cache of `datasets` (HF_DATASETS_CACHE moves it)."""
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "stable_diffusion" / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / f"{digest}.arrow")
-
-
-def encode_pictures(
-    pictures: datasets.Dataset,
-    vae: VAE,
-    resolution: int,
-    device: torch.device,
-    batch_size: int = 4,
-    precision: torch.dtype = torch.float32,
-) -> datasets.Dataset:
-    """Moments of each picture and its mirror: a memory-mapped Dataset of `moments` (2, 8, h, w) float16.
-
-    Row for row with `pictures`. What was encoded before with the same VAE, data and transform is read, not encoded.
-    """
-    if resolution % vae.config.downsampling:
-        raise ValueError(f"--resolution {resolution} is not divisible by {vae.config.downsampling}.")
-    side = resolution // vae.config.downsampling
-    shape = (2, 2 * vae.config.latent_channels, side, side)
-    made_from = (fingerprint(vae), pictures._fingerprint, TRANSFORM_VERSION, str(resolution), str(precision))
-    file = _cache_file("moments", *made_from)
-    if os.path.exists(file):
-        return datasets.Dataset.from_file(file).with_format("numpy")
-
-    vae.to(device).eval()
-    progress = tqdm(total=len(pictures), desc=f"encoding pictures at {resolution}×{resolution}", unit="picture")
-
-    @torch.no_grad()
-    def encode(batch: dict) -> dict:
-        pixels = load_pixels(batch["image"], resolution, pool).to(device)  # (N, 3, R, R)
-        both = torch.cat([pixels, pixels.flip(-1)])  # the mirror of a latent is not the latent of the mirror
-        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-            moments = vae.encode(both).moments.float().cpu().numpy().astype(np.float16)  # (2N, 8, h, w)
-        progress.update(len(pixels))
-        return {"moments": np.stack(np.split(moments, 2), axis=1)}  # (N, 2, 8, h, w)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress:
-        return _map_to_file(pictures, encode, batch_size, {"moments": datasets.Array4D(shape, "float16")}, file)
-
-
-def encode_captions(
-    captions: list[str], encode: Callable[[list[str]], Tensor], encoder_fingerprint: str, batch_size: int = 64
-) -> datasets.Dataset:
-    """Encodings of a list of captions: a memory-mapped Dataset of `context` (L, D) float16, row for row, cached."""
-    file = _cache_file("captions", encoder_fingerprint, *captions)
-    if os.path.exists(file):
-        return datasets.Dataset.from_file(file).with_format("numpy")
-    length, width = encode([""]).shape[1:]
-    table = datasets.Dataset.from_dict({"text": captions})
-    progress = tqdm(total=len(captions), desc="encoding captions", unit="caption")
-
-    @torch.no_grad()
-    def encode_batch(batch: dict) -> dict:
-        progress.update(len(batch["text"]))
-        return {"context": encode(batch["text"]).float().cpu().numpy().astype(np.float16)}
-
-    with progress:
-        features = {"context": datasets.Array2D((length, width), "float16")}
-        return _map_to_file(table, encode_batch, batch_size, features, file)
-
-
-def _map_to_file(
-    table: datasets.Dataset, function: Callable, batch_size: int, features: dict, file: str
-) -> datasets.Dataset:
-    """`Dataset.map` into `file`, which appears only when it is complete."""
-    partial = f"{file}.{os.getpid()}.partial"
-    datasets.disable_progress_bars()  # the callers show their own, in pictures
-    try:
-        table.map(
-            function,
-            batched=True,
-            batch_size=batch_size,
-            remove_columns=table.column_names,
-            features=datasets.Features(features),
-            cache_file_name=partial,
-            load_from_cache_file=False,
-            new_fingerprint=Path(file).stem,
-            writer_batch_size=batch_size,
-        )
-        os.replace(partial, file)
-    finally:
-        datasets.enable_progress_bars()
-        if os.path.exists(partial):
-            os.remove(partial)
-    return datasets.Dataset.from_file(file).with_format("numpy")
+def load_images(source: str, resolution: int, on_bad_image: str = "error") -> tuple[Tensor, list[str]]:
+    """All images of a source, uint8 (N, 3, R, R) in host memory, and their captions; `on_bad_image`: see `prepare`."""
+    table, alone = load_captioned_images(source), Processes(0, 1, torch.device("cpu"))
+    bad = undecodable(table, list(range(len(table))), resolution, alone)
+    if bad:
+        refuse_or_warn(table, bad, on_bad_image, alone)
+        table = table.select([i for i in range(len(table)) if i not in bad])
+    cells, images = table["image"], torch.empty(len(table), 3, resolution, resolution, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool, Progress(len(table), f"reading {source}", alone) as progress:
+        for first in range(0, len(table), 32):
+            pixels = load_pixels([cells[i] for i in range(first, min(first + 32, len(table)))], resolution, pool)
+            images[first : first + 32] = ((pixels + 1) * 127.5).round().to(torch.uint8)
+            progress.add(len(pixels))
+    return images, [(text or "").strip() for text in table["text"]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,67 +210,212 @@ def _map_to_file(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Rows:
-    """One tensor column, indexed by a LongTensor: on the device if it is small, else memory-mapped."""
-
-    def __init__(
-        self, table: datasets.Dataset, column: str, device: torch.device, limit: int = ON_DEVICE_LIMIT
-    ) -> None:
-        self.table, self.column, self.device = table, column, device
-        size = len(table) * np.asarray(table[0][column]).nbytes
-        self.resident: Tensor | None = None
-        if size <= limit:
-            chunks = [torch.from_numpy(np.array(batch[column])).to(device) for batch in table.iter(batch_size=256)]
-            self.resident = torch.cat(chunks)
-
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        if self.resident is not None:
-            return self.resident[indices].float()
-        rows = np.asarray(self.table[indices.tolist()][self.column])
-        return torch.from_numpy(rows).to(self.device, non_blocking=True).float()
-
-
 @dataclass
 class CaptionedLatents:
-    """A data set ready for training: moments of the pictures and their mirrors, and which caption belongs to which."""
+    """A data set ready for training: moments of the images and their mirrors, and which caption belongs to which."""
 
-    moments: Rows  # row i: (2, 8, h, w): the picture, its mirror
+    moments: Rows  # row i: (2, 8, h, w): the image, its mirror
     contexts: Rows  # row c: (L, D); row 0 is the empty caption
-    caption_of: Tensor  # (pictures,) long: the row of each picture's caption
+    caption_of: Tensor  # (images,) long: the row of each image's caption
     captions: list[str]  # the distinct captions, in the order of `contexts`
 
     def __len__(self) -> int:
         return len(self.caption_of)
 
-    def mean(self, vae: VAE) -> list[float]:
-        """The mean of the scaled latents by channel, over some hundred pictures."""
-        some = torch.arange(0, len(self), max(len(self) // 256, 1), device=self.caption_of.device)
-        means = self.moments[some].flatten(0, 1).chunk(2, dim=1)[0]  # (2n, 4, h, w)
-        return vae.scale_latents(means.mean(dim=(0, 2, 3))).tolist()
+    @property
+    def nbytes(self) -> int:
+        """What it takes of the device's memory; the rest stays in memory-mapped files."""
+        return self.moments.nbytes + self.contexts.nbytes
 
     def gather(self, indices: Tensor, mirrored: Tensor, drop_caption: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments (N, 8, h, w) and contexts (N, L, D) of the chosen pictures; all three arguments are (N,) tensors."""
-        moments = self.moments[indices]  # (N, 2, 8, h, w)
-        moments = moments[torch.arange(len(indices), device=moments.device), mirrored.long()]  # (N, 8, h, w)
-        rows = torch.where(drop_caption, 0, self.caption_of[indices])
-        return moments, self.contexts[rows]
+        """Moments (N, 8, h, w) and contexts (N, L, D) of the chosen images; all three arguments are (N,) tensors."""
+        moments = self.moments[indices, mirrored.long()]  # (N, 8, h, w)
+        captions = torch.where(drop_caption, 0, self.caption_of[indices])
+        return moments.float(), self.contexts[captions].float()
+
+    def mean(self, vae: VAE) -> list[float]:
+        """The mean of the latents by channel, over some hundred images."""
+        some = torch.arange(0, len(self), max(len(self) // 256, 1), device=self.caption_of.device)
+        means = self.moments[some].float().flatten(0, 1).chunk(2, dim=1)[0]  # (2n, 4, h, w)
+        return vae.scale_latents(means.mean(dim=(0, 2, 3))).tolist()
 
 
 def prepare(
-    pictures: datasets.Dataset,
+    images: datasets.Dataset,
     vae: VAE,
-    encode_prompts: Callable[[list[str]], Tensor],
-    encoder_fingerprint: str,
+    text_encoder: TextEncoder,
     resolution: int,
-    device: torch.device,
-    batch_size: int = 4,
+    processes: Processes,
     precision: torch.dtype = torch.float32,
+    on_bad_image: str = "error",
 ) -> CaptionedLatents:
-    """Encodes pictures and captions, or reads what was encoded before, and puts them where training gathers fast."""
-    moments = encode_pictures(pictures, vae, resolution, device, batch_size, precision)
-    texts = [(text or "").strip() for text in pictures["text"]]
+    """Encodes images and captions that the cache lacks, shared among the processes, and puts them where training
+    gathers fast. `on_bad_image`: "error" lists those that cannot be read before anything is encoded, "skip" leaves them
+    out. May be left by any exception and called again: what was encoded is kept.
+    """
+    if resolution < 1 or resolution % vae.config.downsampling:
+        raise UserError(f"--resolution {resolution} is not divisible by {vae.config.downsampling}.")
+    if on_bad_image not in ("error", "skip"):
+        raise UserError(f"--on_bad_image {on_bad_image}: choose error or skip.")
+    texts = [(text or "").strip() for text in images["text"]]
+    if len(set(processes.gather(_sha256("\n".join(texts).encode())))) > 1:
+        raise UserError("--dataset: the processes see different data sets; give all machines the same files.")
+
+    side = resolution // vae.config.downsampling
+    made_by = {
+        "vae": fingerprint(vae.encoder, vae.quant_conv) + f" {vae.config.norm_num_groups}",
+        "transform": f"{TRANSFORM_VERSION}, {resolution}",
+        "precision": str(precision),
+    }
+    moments = EncodedCache(_cache_folder("images"), made_by, (2, 2 * vae.config.latent_channels, side, side))
+    keys, bad = content_keys(images, processes)
+    bad |= _undecodable(images, keys, moments, resolution, processes)
+    if bad:
+        refuse_or_warn(images, bad, on_bad_image, processes)
+        kept = [i for i in range(len(images)) if i not in bad]
+        images, keys, texts = images.select(kept), [keys[i] for i in kept], [texts[i] for i in kept]
+    if processes.is_main and (empty := texts.count("")):
+        warnings.warn(
+            f"{empty} of {len(texts)} images have an empty caption; they teach nothing about words.", stacklevel=2
+        )
     captions = ["", *sorted(set(texts) - {""})]
+    contexts = _encode_captions(captions, text_encoder, processes)
+    _encode_images(images, keys, moments, vae, resolution, precision, processes)
+
+    device = processes.device
+    budget = memory_for_data(device)
+    image_rows = Rows(moments, keys, device, budget)
+    caption_rows = Rows(contexts, [_sha256(text.encode()) for text in captions], device, budget - image_rows.nbytes)
     row = {caption: i for i, caption in enumerate(captions)}
-    contexts = encode_captions(captions, encode_prompts, encoder_fingerprint)
-    caption_of = torch.tensor([row[text] for text in texts], device=device)
-    return CaptionedLatents(Rows(moments, "moments", device), Rows(contexts, "context", device), caption_of, captions)
+    return CaptionedLatents(
+        image_rows, caption_rows, torch.tensor([row[text] for text in texts], device=device), captions
+    )
+
+
+def memory_for_data(device: torch.device) -> int:
+    """Bytes of the device's memory that moments and contexts may take; none on a CPU, which reads the mapped files."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what encoding has left
+        return int(DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(DEVICE_SHARE * (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoding
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _undecodable(
+    images: datasets.Dataset, keys: list[bytes], cache: EncodedCache, resolution: int, processes: Processes
+) -> dict[int, str]:
+    """Why some images that are still to be encoded give no pixels, by index."""
+    index_of = {key: i for i, key in reversed(list(enumerate(keys))) if key}
+    missing = {key for of_process in processes.gather(cache.missing(index_of)) for key in of_process}
+    reasons = undecodable(images, sorted(index_of[key] for key in missing), resolution, processes)
+    return {i: reasons[index_of[key]] for i, key in enumerate(keys) if key and index_of[key] in reasons}
+
+
+def _encode_images(
+    images: datasets.Dataset,
+    keys: list[bytes],
+    cache: EncodedCache,
+    vae: VAE,
+    resolution: int,
+    precision: torch.dtype,
+    processes: Processes,
+) -> None:
+    """Moments (2, 8, h, w) of each distinct image and its mirror, into the cache."""
+    device = processes.device
+    index_of = {key: i for i, key in reversed(list(enumerate(keys)))}
+    distinct = list(index_of)
+    # A CPU gains nothing from batches: the shipped VAE takes 0.34 s for an image of 256 alone, 0.40 s each for four.
+    batch_size = 1 if device.type == "cpu" else min(max(8 * 512**2 // resolution**2, 1), 64)
+
+    def load(batch: list[int]) -> Tensor:
+        pixels = torch.zeros(batch_size, 3, resolution, resolution)
+        for row, i in enumerate(batch):
+            cell = images[index_of[distinct[i]]]["image"]
+            try:
+                content = content_of(cell)
+                if _sha256(content) != distinct[i]:
+                    raise BadImageError("other content")
+                pixels[row] = pixels_of(content, resolution)
+            except BadImageError as error:  # it was fine when all were checked
+                raise UserError(
+                    f"{name_of(cell, i)} changed while images were encoded ({error}); start again."
+                ) from error
+        return pixels
+
+    def encode(pixels: Tensor) -> Tensor:
+        pixels = pixels.to(device)
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            # The mirror of a latent is not the latent of the mirror.
+            return torch.stack(
+                [vae.encode(x).moments.float() for x in (pixels, pixels.flip(-1))], dim=1
+            )  # (N, 2, 8, h, w)
+
+    what = f"encoding images at {resolution}×{resolution}"
+    encode_missing(cache, distinct, load, encode, vae, batch_size, processes, what)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Captions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _encode_captions(captions: list[str], encoder: TextEncoder, processes: Processes) -> EncodedCache:
+    """Encodings (L, D) of captions as literal text, in their cache: "a clock (at 10:30)" weights no word."""
+    device, tokenizer, config = processes.device, encoder.tokenizer, encoder.model.config
+    activation = (config.hidden_act, config.num_attention_heads, config.layer_norm_eps)
+    made_by = {
+        "text encoder": f"{fingerprint(encoder.model)} {activation}",
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    cache = EncodedCache(_cache_folder("captions"), made_by, (encoder.length, encoder.width))
+    ids = tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
+    if processes.is_main:
+        _warn_of_captions(captions, ids, encoder)
+    batch_size = 8 if device.type == "cpu" else 64  # on a CPU, a caption takes 16 ms alone, 11 ms in a batch of 4 or 16
+
+    def load(batch: list[int]) -> Tensor:
+        rows = [encoder.framed(ids[i]) for i in batch] + [encoder.framed([])] * (batch_size - len(batch))
+        return torch.tensor(rows)  # (N, L)
+
+    def encode(rows: Tensor) -> Tensor:
+        return encoder.model(rows.to(device)).last_hidden_state  # (N, L, D)
+
+    keys = [_sha256(caption.encode()) for caption in captions]
+    encode_missing(cache, keys, load, encode, encoder.model, batch_size, processes, "encoding captions")
+    return cache
+
+
+def _warn_of_captions(captions: list[str], ids: list[list[int]], encoder: TextEncoder) -> None:
+    """One line for each thing that is odd about the captions, with a count and an example."""
+    room, unknown = encoder.length - 2, encoder.tokenizer.unk_token_id
+    both = list(zip(captions, ids, strict=True))
+    long = [caption for caption, tokens in both if len(tokens) > room]
+    # A word that the vocabulary knows is a token or two; letters that it does not know become bytes, or are lost.
+    foreign = [
+        caption
+        for caption, tokens in both
+        if 2 * sum(character > "\x7f" for character in caption) > len(caption)
+        and (len(tokens) > len(caption) or unknown in tokens)
+    ]
+    for found, what in (
+        (long, f"are longer than {room} tokens and are truncated"),
+        (foreign, "are in a script that the text encoder does not know (CLIP reads English; see --caption_column)"),
+    ):
+        if found:
+            counted = f"{len(found)} of {len(captions) - 1} different captions {what}"
+            warnings.warn(f"{counted}, such as {found[0][:60]!r}.", stacklevel=4)
+
+
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _cache_folder(kind: str) -> Path:
+    """Under the cache of `datasets`, which the environment variable HF_DATASETS_CACHE moves."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "stable_diffusion" / kind

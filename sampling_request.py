@@ -1,6 +1,7 @@
-"""What may be asked of `StableDiffusion.sample`: one value or one each, made N of everything, or refused in a sentence.
+"""What may be asked of `StableDiffusion.sample`: each argument becomes N values, one for each image, or a ValueError
+that says in one sentence what is wrong with it.
 
-Letters: N pictures, H × W their size, L text positions, D width of the text encoding.
+Letters: N images, C channels, H × W their size, h × w that of their latents.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,19 +14,19 @@ from torch import Tensor
 from images import to_rgb
 
 
-def texts_of(prompts: object, name: str) -> list[str]:
-    """A string, or several, as a list with at least one; ValueError for anything else."""
-    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
-    if not texts:
+def texts_of(texts: object, name: str) -> list[str]:
+    """One text or several → a list of at least one."""
+    several = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    if not several:
         raise ValueError(f"{name} is empty: pass at least one text.")
-    for text in texts:
+    for text in several:
         if not isinstance(text, str):
             raise ValueError(f"{name} must be text or a list of texts, but holds {text!r}.")
-    return texts
+    return several
 
 
 def one_each(values: list, n: int, name: str) -> list:
-    """One value repeated for all N pictures, or N values as they are."""
+    """One value → the same for all N images; N values stay as they are."""
     if len(values) == 1:
         return values * n
     if len(values) != n:
@@ -34,7 +35,10 @@ def one_each(values: list, n: int, name: str) -> list:
 
 
 def generators_of(seeds: object, n: int) -> list[torch.Generator]:
-    """A private source of noise for each picture, on the CPU, so that a seed means the same noise on every device."""
+    """One seed s (which stands for s, s+1, …) or N seeds → a generator for each image.
+
+    They are on the CPU, so that a seed gives the same noise on every device.
+    """
     seeds = [seeds + i for i in range(n)] if isinstance(seeds, Integral) else seeds
     seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
     for seed in seeds:
@@ -46,7 +50,7 @@ def generators_of(seeds: object, n: int) -> list[torch.Generator]:
 
 
 def latent_size(height: object, width: object, factor: int) -> tuple[int, int]:
-    """(h, w) of the latents of a picture; ValueError if its size is not divisible by the VAE's factor."""
+    """The size of an image → (h, w) of its latents; both sides must be divisible by the VAE's factor."""
     for name, length in {"height": height, "width": width}.items():
         if not isinstance(length, Integral) or length < factor or length % factor:
             below = max(int(length) // factor, 1) * factor if isinstance(length, Integral) else 512
@@ -55,26 +59,26 @@ def latent_size(height: object, width: object, factor: int) -> tuple[int, int]:
 
 
 def pixels_for(
-    pictures: object, to_pixels: Callable[[Image.Image], Tensor], n: int, height: int, width: int, name: str
+    images: object, to_pixels: Callable[[Image.Image], Tensor], n: int, height: int, width: int, name: str
 ) -> Tensor:
-    """One picture for all or one each → (N, C, H, W) by `to_pixels`; ValueError unless they have the size asked for."""
-    single = isinstance(pictures, Image.Image) or not isinstance(pictures, Iterable)
-    pictures = one_each([pictures] if single else list(pictures), n, name)
-    for i, picture in enumerate(pictures):
-        if not isinstance(picture, Image.Image):
-            raise ValueError(f"{name}[{i}] must be a PIL picture, not {type(picture).__name__}.")
-    pictures = [to_rgb(picture) for picture in pictures]  # upright, which may swap its sides
-    for i, picture in enumerate(pictures):
-        if picture.size != (width, height):
+    """One image for all or one each → (N, C, H, W) by `to_pixels`; each must have the size that is asked for."""
+    single = isinstance(images, Image.Image) or not isinstance(images, Iterable)
+    images = one_each([images] if single else list(images), n, name)
+    for i, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{name}[{i}] must be a PIL image, not {type(image).__name__}.")
+    images = [to_rgb(image) for image in images]  # turns them upright, which may swap their sides
+    for i, image in enumerate(images):
+        if image.size != (width, height):
             raise ValueError(
-                f"{name}[{i}] is {picture.width}×{picture.height}, but the picture asked for is {width}×{height}: "
-                "resize it, or ask for its own width and height."
+                f"{name}[{i}] is {image.width}×{image.height}, but the image asked for is {width}×{height}: "
+                "resize it (images.fit does), or ask for its own width and height."
             )
-    return torch.stack([to_pixels(picture) for picture in pictures])
+    return torch.stack([to_pixels(image) for image in images])
 
 
 def check_tensor(tensor: Tensor, shape: tuple[int | None, ...], name: str) -> None:
-    """ValueError unless the tensor has this shape (None = any length but 0) and only finite numbers."""
+    """Checks that the tensor has this shape (None = any length but 0) and only finite numbers."""
     fits = tensor.ndim == len(shape) and all(
         have == want if want is not None else have > 0 for have, want in zip(tensor.shape, shape, strict=True)
     )

@@ -67,11 +67,15 @@ class TextEncoder:
         if len(ids) > limit:
             dropped = self.tokenizer.decode(ids[limit:]).strip()
             warnings.warn(f"The prompt is longer than {limit} tokens; this was dropped: {dropped!r}", stacklevel=3)
-            ids, weights = ids[:limit], weights[:limit]
-        padding = limit - len(ids)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        ids = [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id, *[pad] * padding]
-        return ids, [1.0, *weights, *[1.0] * (padding + 1)]
+        weights = [1.0, *weights[:limit]]
+        return self.framed(ids), weights + [1.0] * (self.length - len(weights))
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """Token ids of a text → L ids: start, the text (truncated if it is too long), end, padding."""
+        end = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end
+        ids = [self.tokenizer.bos_token_id, *ids[: self.length - 2], end]
+        return ids + [pad] * (self.length - len(ids))
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:

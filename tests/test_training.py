@@ -222,10 +222,10 @@ def test_second_start_encodes_nothing(
 ) -> None:
     short = ("--max_steps", "1", "--preview_every", "0", "--validate_every", "0")
     script.main(arguments(parts, tmp_path / "first", *short))
-    assert "encoding pictures" in capfd.readouterr().err
+    assert "encoding images" in capfd.readouterr().err
     monkeypatch.setattr("vae_model.VAE.encode", None)  # calling it would raise
     script.main(arguments(parts, tmp_path / "second", *short))
-    assert "encoding pictures" not in capfd.readouterr().err
+    assert "encoding images" not in capfd.readouterr().err
 
 
 def test_accumulation_changes_nothing(parts: Path, tmp_path: Path) -> None:
