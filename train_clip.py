@@ -21,7 +21,6 @@ from training.presets import CLIPOptions as Options
 if __name__ == "__main__":
     answer_help(Options)  # before the imports below, which take seconds
 
-import contextlib
 import copy
 import json
 import math
@@ -357,8 +356,7 @@ def main(argv: list[str]) -> None:
     options = parse_options(Options, argv)
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    folder = RunFolder(options.output_dir, resume=options.resume, overwrite=options.overwrite)
-    with contextlib.closing(folder):
+    with RunFolder(options) as folder:
         run_ = Run(options, folder)
         run_.train()
         if run_.reporter.finish():

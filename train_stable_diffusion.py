@@ -37,7 +37,7 @@ from noise_schedule import NoiseSchedule
 from pokemon_dataset import CaptionedLatents, load_captioned_images, prepare
 from published import load_text_encoder, load_vae
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
-from training.memory_forecast import forecast
+from training.memory_forecast import forecast_run
 from training.reporter import Reporter
 from training.reproducible import (
     EMA,
@@ -51,7 +51,7 @@ from training.reproducible import (
     resolve_precision,
     was_restarted,
 )
-from training.run_folder import RunFolder, checkpoints_in, load_checkpoint, whole
+from training.run_folder import RunFolder, checkpoints_in, load_common_checkpoint, whole
 from training.script import UserError, run, user_errors
 from vae_model import DiagonalGaussian
 
@@ -112,18 +112,6 @@ def split_images(count: int, share: float, seed: int, device: torch.device) -> t
         raise UserError(f"--validation_share {share}: of {count} images, {count - held_out} would be left to train on.")
     order = torch.randperm(count, generator=generator_for(torch.device("cpu"), seed, "split")).to(device)
     return order[held_out:], order[:held_out]
-
-
-def load_state(options: Options, processes: Processes) -> dict:
-    """The checkpoint that a run goes on from, on every process; UserError if they do not see the same one."""
-    state = load_checkpoint(Path(options.output_dir), processes.device)
-    steps = processes.gather(state["step"])
-    if len(set(steps)) > 1:
-        raise UserError(
-            f"--resume: the processes see checkpoints of different steps ({sorted(set(steps))}): --output_dir "
-            f"{options.output_dir} must be on a disk that all machines share."
-        )
-    return state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +232,7 @@ class Run:
         device = self.device = processes.device
         self.precision = resolve_precision(options.precision, device)
         # What can be wrong is looked at first: the checkpoint, the data set, the model. Only then anything is written.
-        state = load_state(options, processes) if options.resume else None
+        state = load_common_checkpoint(Path(options.output_dir), processes) if options.resume else None
         images = load_captioned_images(
             options.dataset, options.split, options.revision, options.caption_column, options.caption
         )
@@ -286,7 +274,7 @@ class Run:
                 undone = ["validation_loss"] if "validation" in state["undone"] else []
                 folder.resume(options, state["step"], self.COLUMNS, undone)
             self.reporter.start_wandb("stable-diffusion-from-scratch")
-            print_summary(self)
+            print(self.summary(), file=sys.stderr)
 
     def train(self) -> None:
         options, reporter = self.options, self.reporter
@@ -384,14 +372,22 @@ class Run:
                 f"--resume: the checkpoint does not fit this U-Net ({str(error).splitlines()[0]}); start a new run."
             ) from error
 
+    def summary(self) -> str:
+        """What is about to happen: the network, the data, the memory it will take."""
+        return (
+            f"U-Net of {sum(p.numel() for p in self.unet.parameters()) / 1e6:.1f} M parameters; {len(self.chosen)} images "
+            f"to train on, {len(self.held_out)} held out; {self.processes.count} × {self.device.type}, "
+            f"{str(self.precision).removeprefix('torch.')}; results in {self.options.output_dir}\n"
+            + str(forecast_run(self.options, self.model, self.data.nbytes, self.processes, self.precision))
+        )
+
     def finish(self) -> None:
         """Says how it ended, and what to do next."""
         if not self.reporter.finish() or self.folder is None:
             return
         path = self.folder.path
-        made = [path / "samples"] if self.options.preview_every else []
-        made += [path / "loss.png", path / "model"]
-        print(f"\nDone: {', '.join(map(str, made))}")
+        made = ["samples"] * bool(self.options.preview_every) + ["loss.png", "model"]
+        print(f"\nDone: {', '.join(str(path / name) for name in made)}")
         if self.device.type == "cuda":
             print(f"Peak GPU memory: {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
         print(f'Sample from it: python sample_stable_diffusion.py "PROMPT" --model {path / "model"}')
@@ -410,42 +406,10 @@ def main(argv: list[str]) -> None:
         )
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    with contextlib.ExitStack() as stack:
-        folder = None
-        if processes.is_main:
-            folder = RunFolder(options.output_dir, resume=options.resume, overwrite=options.overwrite)
-            stack.callback(folder.close)
+    with RunFolder(options) if processes.is_main else contextlib.nullcontext() as folder:
         run_ = Run(options, processes, folder)
         run_.train()
         run_.finish()
-
-
-def print_summary(run_: Run) -> None:
-    """What is about to happen: the network, the data, the memory it will take."""
-    options, model, data, processes = run_.options, run_.model, run_.data, run_.processes
-    print(
-        f"U-Net of {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters; "
-        f"{len(run_.chosen)} images to train on, {len(run_.held_out)} held out, {len(data.captions) - 1} captions; "
-        f"{processes.count} × {processes.device.type}, {str(run_.precision).removeprefix('torch.')}; "
-        f"results in {options.output_dir}",
-        file=sys.stderr,
-    )
-    side = options.resolution // model.vae.config.downsampling
-    memory = forecast(
-        model.unet,
-        frozen=[model.vae, model.text_encoder.model],
-        latents=(options.batch_size // processes.count // options.gradient_accumulation, side, side),
-        length=model.text_encoder.length,
-        resident=data.nbytes,
-        device=processes.device,
-        precision=run_.precision,
-        micro_batches=options.gradient_accumulation,
-        checkpointing=options.gradient_checkpointing,
-        averaged=bool(options.ema_decay),
-        average_on_cpu=options.ema_on_cpu,
-        processes=processes.count,
-    )
-    print(memory, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ SCHEDULE = "--max_steps 8 --checkpoint_every 3 --validate_every 2 --preview_ever
 # What a run does, in the order of its life, and how often: the n-th time that it comes there, it is struck.
 PLACES = [
     ("encoding", 1), ("encoding", 5), ("loading", 1), ("step", 1), ("step", 3), ("step", 6), ("step", 8),
-    ("average", 4), ("row", 1), ("row", 2), ("row", 5), ("validation", 2), ("validation", 20), ("preview", 1),
-    ("preview", 3), ("decoding", 1), ("decoding", 2), ("checkpoint", 1), ("checkpoint", 2), ("checkpoint", 3),
-    ("flush", 3), ("flush", 30), ("rename", 1), ("replace", 2), ("replace", 9), ("replace", 14), ("model", 2),
-    ("plot", 1), ("plot", 2),
+    ("average", 4), ("row", 2), ("row", 5), ("validation", 20), ("preview", 3), ("decoding", 2), ("checkpoint", 1),
+    ("checkpoint", 2), ("flush", 30), ("rename", 1), ("replace", 2), ("replace", 9), ("replace", 14), ("model", 2),
+    ("plot", 2),
 ]  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def test_stopped_and_resumed(runs: Runs, reference: Path, tmp_path: Path, index:
     assert_same_run(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_and_stopped_at_random_moments(runs: Runs, reference: Path, tmp_path: Path, seed: int) -> None:
     """Struck again and again, by the clock, until it has got through."""
     chance = random.Random(seed)

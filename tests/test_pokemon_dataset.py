@@ -23,7 +23,6 @@ import torch.distributed as dist
 from PIL import Image
 
 import pokemon_dataset
-from training.presets import DEFAULT_DATASET
 from images import to_pixels
 from pokemon_dataset import CaptionedLatents, Rows, load_captioned_images, open_image, prepare
 from tests.tiny import tiny_text_encoder, tiny_vae
@@ -31,6 +30,7 @@ from text_encoder import TextEncoder
 from training.background import Progress, in_order
 from training.encoded_cache import EncodedCache, encode_missing, fingerprint, tokenizer_fingerprint
 from training.image_files import decode
+from training.presets import DEFAULT_DATASET
 from training.reproducible import Processes
 from training.script import UserError
 from vae_model import VAE

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny import folder_at
 from training.presets import UNetOptions
 from training.reporter import Reporter
 from training.reproducible import Processes
@@ -19,7 +20,7 @@ COLUMNS = ("step", "loss", "gradient_norm", "learning_rate", "validation_loss", 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    folder = RunFolder(tmp_path / "run")
+    folder = folder_at(tmp_path / "run")
     folder.start(UNetOptions(), COLUMNS)
     yield folder
     folder.close()

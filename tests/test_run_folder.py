@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.children import start
+from tests.tiny import folder_at
 from training import run_folder
 from training.presets import UNetOptions
 from training.run_folder import DivergedError, RunFolder, environment, load_checkpoint, whole
@@ -21,7 +22,7 @@ COLUMNS = ("step", "loss", "validation_loss")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    folder = RunFolder(tmp_path / "run")
+    folder = folder_at(tmp_path / "run")
     folder.start(UNetOptions(), COLUMNS)
     yield folder
     folder.close()
@@ -76,7 +77,7 @@ def test_a_folder_that_was_being_replaced_when_the_power_went_is_put_back(tmp_pa
     (tmp_path / "run" / ".model.tmp").mkdir()
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints" / ".step_00000005.pt.tmp").write_text("half")
-    RunFolder(tmp_path / "run", resume=True).close()
+    folder_at(tmp_path / "run", resume=True).close()
     assert (tmp_path / "run" / "model" / "weights").read_text() == "old"
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == ["checkpoints", "model", "weights"]
 
@@ -172,7 +173,7 @@ def hold(path: str, seconds: float) -> None:
     """Called in a child: takes the folder and sleeps."""
     import time
 
-    folder = RunFolder(path)
+    folder = folder_at(path)
     print("taken", flush=True)
     time.sleep(seconds)
     folder.close()
@@ -185,17 +186,17 @@ def test_two_runs_on_one_folder_the_second_refuses(tmp_path: Path) -> None:
     while "taken" not in (child.output() if child.printed.exists() else ""):
         time.sleep(0.05)
     with pytest.raises(UserError, match=f"process {child.process.pid} is writing there"):
-        RunFolder(tmp_path / "run")
+        folder_at(tmp_path / "run")
     child.process.kill()
     child.process.join()
-    RunFolder(tmp_path / "run").close()  # a run that was killed holds nothing
+    folder_at(tmp_path / "run").close()  # a run that was killed holds nothing
     assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output_dir .*file/run: cannot be written to"):
-        RunFolder(tmp_path / "file" / "run")
+        folder_at(tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(
@@ -206,10 +207,10 @@ def test_what_a_run_left_is_not_overwritten_unasked(tmp_path: Path, product: str
     path.parent.mkdir(parents=True)
     path.write_text("precious")
     with pytest.raises(UserError, match="--overwrite"):
-        RunFolder(tmp_path / "run")
-    RunFolder(tmp_path / "run", resume=True).close()
+        folder_at(tmp_path / "run")
+    folder_at(tmp_path / "run", resume=True).close()
     assert path.read_text() == "precious"
-    folder = RunFolder(tmp_path / "run", overwrite=True)
+    folder = folder_at(tmp_path / "run", overwrite=True)
     assert path.read_text() == "precious"  # not before it starts
     folder.start(UNetOptions(), COLUMNS)
     folder.close()

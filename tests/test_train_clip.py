@@ -16,6 +16,7 @@ import monsters
 import train_clip
 from images import image_to_pixels, to_pixels
 from published import load_text_encoder
+from tests.tiny import folder_at
 from train_clip import FIRST_TRAINING_MONSTER, HELD_OUT_MONSTERS, FreshMonsters, Options, augment, clip_loss
 from training import clip_model
 from training.clip_model import (
@@ -28,7 +29,6 @@ from training.clip_model import (
     tokenize,
     train_tokenizer,
 )
-from training.run_folder import RunFolder
 
 CAPTIONS = [monsters.caption(i) for i in range(500)]
 TINY = {
@@ -369,7 +369,7 @@ def test_the_temperature_stays_within_the_papers_bound(tmp_path, images_folder) 
 
 def make_run(tmp_path, images_folder, *more: str) -> train_clip.Run:
     argv = arguments(tmp_path / "run", "--dataset", str(images_folder), *more)
-    return train_clip.Run(train_clip.parse_options(Options, argv), RunFolder(tmp_path / "run"))
+    return train_clip.Run(train_clip.parse_options(Options, argv), folder_at(tmp_path / "run"))
 
 
 def test_pretrained_goes_on_from_a_folder(tmp_path, images_folder, folder) -> None:

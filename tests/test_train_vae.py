@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import train_vae as script
-from tests.tiny import tiny_vae
+from tests.tiny import folder_at, tiny_vae
 from train_vae import Crops, Options, PatchDiscriminator, adaptive_weight, measure_scaling_factor, reconstruction_loss
 from training.reconstruction import measure, to_floats
 from training.reproducible import generator_for
-from training.run_folder import RunFolder
 from vae_model import VAE
 
 CPU = torch.device("cpu")
@@ -149,7 +148,7 @@ def test_goes_on_from_a_vae(tmp_path: Path) -> None:
 
 def make_run(tmp_path: Path, *more: str) -> script.Run:
     options = script.parse_options(Options, arguments(tmp_path / "run", "--validate_every", "0", *more))
-    return script.Run(options, RunFolder(tmp_path / "run"))
+    return script.Run(options, folder_at(tmp_path / "run"))
 
 
 def crops_of_a_corner() -> torch.Tensor:

@@ -13,6 +13,8 @@ from noise_schedule import NoiseSchedule
 from published import save_text_encoder
 from stable_diffusion_model import StableDiffusion
 from text_encoder import TextEncoder
+from training.presets import UNetOptions
+from training.run_folder import RunFolder
 from vae_model import VAE, VAEConfig
 
 
@@ -102,3 +104,8 @@ def training_arguments(parts: Path, *more: str) -> list[str]:
         *("--log_every", "2", "--validation_share", "0.25", "--precision", "float32", "--preview_prompts", "a fox"),
         *more,
     ]  # fmt: skip
+
+
+def folder_at(path: Path | str, **options: object) -> RunFolder:
+    """The run folder `path`, as a script with these options opens it."""
+    return RunFolder(UNetOptions(output_dir=str(path), **options))

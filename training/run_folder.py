@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from training.reproducible import Processes
 from training.script import UserError
 
 PRODUCTS = ("model", "clip", "vae_model.pth", "training_state.pt")  # what a run leaves; never overwritten unasked
@@ -97,7 +98,9 @@ def _remove(path: Path) -> None:
 class RunFolder:
     """The folder of one run, held by one process at a time; made and locked at once, written to from `start` on."""
 
-    def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(self, options: Any) -> None:
+        """`options`: those of a training script, of which output_dir, resume and overwrite are read here."""
+        path, resume, overwrite = options.output_dir, options.resume, options.overwrite
         self.path = Path(path)
         self._lock: IO | None = None
         try:
@@ -156,6 +159,12 @@ class RunFolder:
             (self.path / ".lock").unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def start(self, options: Any, columns: tuple[str, ...]) -> None:
         """Begins a new run: config.json and an empty metrics.csv."""
@@ -321,6 +330,18 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict:
         except Exception as error:  # a damaged file fails anywhere: zipfile, pickle, struct, torch …
             print(f"{path}: damaged ({str(error).splitlines()[0][:120]}); trying the one before.", file=sys.stderr)
     raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'} can be read; start again with --overwrite.")
+
+
+def load_common_checkpoint(folder: Path, processes: Processes) -> dict:
+    """The newest checkpoint, on every process; UserError if they do not see the same one."""
+    state = load_checkpoint(folder, processes.device)
+    steps = sorted(set(processes.gather(state["step"])))
+    if len(steps) > 1:
+        raise UserError(
+            f"--resume: the processes see checkpoints of different steps ({steps}): --output_dir {folder} must be on a "
+            "disk that all machines share."
+        )
+    return state
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

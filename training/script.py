@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -38,6 +39,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     with 130 and SIGTERM with 143. DEBUG=1 in the environment keeps the traceback of all but the signals.
     """
     _handle(signal.SIGTERM, _terminate)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for users, who need no line of our code
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt as stop:
