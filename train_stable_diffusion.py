@@ -375,8 +375,8 @@ class Run:
     def summary(self) -> str:
         """What is about to happen: the network, the data, the memory it will take."""
         return (
-            f"U-Net of {sum(p.numel() for p in self.unet.parameters()) / 1e6:.1f} M parameters; {len(self.chosen)} images "
-            f"to train on, {len(self.held_out)} held out; {self.processes.count} × {self.device.type}, "
+            f"U-Net of {sum(p.numel() for p in self.unet.parameters()) / 1e6:.1f} M parameters; {len(self.chosen)} "
+            f"images to train on, {len(self.held_out)} held out; {self.processes.count} × {self.device.type}, "
             f"{str(self.precision).removeprefix('torch.')}; results in {self.options.output_dir}\n"
             + str(forecast_run(self.options, self.model, self.data.nbytes, self.processes, self.precision))
         )
