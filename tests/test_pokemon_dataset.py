@@ -4,6 +4,7 @@ What people may put into a data set is in test_bad_input.py.
 """
 
 import collections
+import dataclasses
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 import pokemon_dataset
 from images import to_pixels
@@ -344,6 +346,14 @@ def test_another_encoder_encodes_again(folder: Path, models: tuple, encode: Call
     with torch.no_grad():
         next(encoder.model.parameters())[0] += 0.5
     assert encode(folder) == (0, 2)
+    swap_two_words(encoder.tokenizer)
+    assert encode(folder) == (0, 2)
+    # What the weights do not tell:
+    encoder.model.config.layer_norm_eps = 1e-3
+    assert encode(folder) == (0, 2)
+    vae.config = dataclasses.replace(vae.config, norm_num_groups=2)
+    assert encode(folder) == (3, 0)
+    assert encode(folder) == (0, 0)
 
 
 def test_another_transform_encodes_again(folder: Path, encode: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,16 +362,21 @@ def test_another_transform_encodes_again(folder: Path, encode: Callable, monkeyp
     assert encode(folder) == (3, 0)
 
 
+def swap_two_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The same size of vocabulary, other ids."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = content["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+
+
 def test_the_tokenizer_counts_with_its_content() -> None:
-    """Same size of vocabulary, other ids: other encodings. How it was called last does not count."""
+    """And how it was called last does not count."""
     first, second = tiny_text_encoder().tokenizer, tiny_text_encoder().tokenizer
     assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
     first("a text", padding="max_length", truncation=True, max_length=9)
     assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
-    content = json.loads(second.backend_tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    second._tokenizer = type(second.backend_tokenizer).from_str(json.dumps(content))
+    swap_two_words(second)
     assert tokenizer_fingerprint(first) != tokenizer_fingerprint(second)
 
 

@@ -49,7 +49,7 @@ class Progress:
         self.total, self.done, self.written = total, 0, time.monotonic()
         self.what = what if processes.count == 1 else f"{what} (process 1 of {processes.count})"
         self.lines = processes.is_main and total > 0 and not sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=what, disable=self.lines or not processes.is_main or not total)
+        self.bar = tqdm(total=total, desc=self.what, disable=self.lines or not processes.is_main or not total)
 
     def add(self, count: int) -> None:
         self.done += count
