@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from PIL import Image
 
-from training.script import UserError, run, user_errors
+from training.script import Terminated, UserError, run, user_errors
 
 if TYPE_CHECKING:
     from stable_diffusion_model import StableDiffusion
@@ -315,9 +315,9 @@ def main(argv: list[str]) -> None:
             for path in draw(options, jobs, paths):
                 print(path, flush=True)
                 written += 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say(f"stopped: {written} of {len(jobs)} images are written.")
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def notebook() -> nbformat.NotebookNode:
 
 @pytest.fixture
 def tiny(tmp_path) -> str:
-    from tiny import tiny_model
+    from tests.tiny import tiny_model
 
     torch.manual_seed(0)
     tiny_model().save_pretrained(tmp_path / "model")

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_model
 
 import sample_stable_diffusion
 import samplers
 from images import read_parameters
 from sample_stable_diffusion import SHIPPED_MODEL, main, parse
 from stable_diffusion_model import StableDiffusion
+from tests.tiny import tiny_model
 from training.script import UserError
 
 SCRIPT = Path(sample_stable_diffusion.__file__)
