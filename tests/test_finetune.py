@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -26,6 +27,7 @@ from tests.test_interchange import (
 )
 from training import memory_forecast
 from training.memory_forecast import Forecast, Meter, forecast, rehearse_step
+from training.run_folder import load_checkpoint
 
 ZERO_SNR = SD2_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -101,7 +103,7 @@ def test_memory_may_be_traded_without_changing_the_steps(sources, tmp_path):
     frugal = StableDiffusion.from_pretrained(finetune(sources["sd1"], tmp_path / "frugal", *quiet), "cpu")
     lavish = ("--gradient_checkpointing", "False", "--gradient_accumulation", "1", "--ema_decay", "0.9", "--ema_on_cpu")
     finetune(sources["sd1"], tmp_path / "lavish", *quiet, *lavish)
-    trained = torch.load(tmp_path / "lavish" / "training_state.pt", weights_only=True)["unet"]
+    trained = load_checkpoint(tmp_path / "lavish", torch.device("cpu"))["unet"]
     before = StableDiffusion.from_pretrained(sources["sd1"], "cpu").unet.state_dict()
     step, other = (
         torch.cat([(after[name] - before[name]).flatten() for name in before])
@@ -131,7 +133,7 @@ def test_a_handful_of_real_pictures(sources, tmp_path, pokemon_folder):
 def test_a_run_goes_on_with_its_average_or_without(sources, tmp_path, first, then):
     finetune(sources["sd1"], tmp_path / "run", "--ema_decay", first, "--max_steps", "1")
     finetune(sources["sd1"], tmp_path / "run", "--ema_decay", then, "--max_steps", "2", "--resume")
-    state = torch.load(tmp_path / "run" / "training_state.pt", weights_only=True)
+    state = load_checkpoint(tmp_path / "run", torch.device("cpu"))
     assert state["step"] == 2 and ("ema" in state) == (then != "0")
 
 
@@ -254,8 +256,9 @@ def test_a_rehearsal_that_fails_keeps_nobody_from_training(monkeypatch):
     assert "activations not foreseen" in text and "AdamW" in text
 
 
-def test_the_forecast_is_said_before_the_first_step(sources, tmp_path, capsys):
+def test_the_forecast_is_said_before_the_first_step(sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
     finetune(sources["sd1"], tmp_path / "run", "--max_steps", "1")
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "not foreseen" not in said
-    assert 0 < said.index("Memory: about") < said.index("1/1 ")
+    assert 0 < said.index("Memory: about") < said.index("step 1/1: loss")

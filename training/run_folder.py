@@ -103,6 +103,7 @@ class RunFolder:
         path, resume, overwrite = options.output_dir, options.resume, options.overwrite
         self.path = Path(path)
         self._lock: IO | None = None
+        self._is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -154,11 +155,14 @@ class RunFolder:
                 handle.close()
 
     def close(self) -> None:
-        """Gives the folder free."""
+        """Gives the folder free; one that was made for this run, and is still empty, goes again."""
         if self._lock is not None:
             (self.path / ".lock").unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it holds something
+                self.path.rmdir()
 
     def __enter__(self) -> "RunFolder":
         return self
