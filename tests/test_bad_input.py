@@ -404,6 +404,8 @@ ODD_METADATA: dict[str, tuple[str, str | bytes, str]] = {  # which file, its con
     "10,000 characters": (".jsonl", line(text="a" * 10_000), "a" * 10_000),
     "other columns of any kind": (".jsonl", line(boxes=[[1, 2], {"a": None}], id=7), "a caption"),
     "a path that stays inside": (".jsonl", line("directory.png/../good.png"), "a caption"),
+    "a path from Windows": (".jsonl", line(".\\directory.png\\..\\good.png"), "a caption"),
+    "a name with dots": (".jsonl", line("..good.png"), "a caption"),
     "a csv with a mark and spaces": (".csv", "\ufefffile_name, text\r\ngood.png, \"red, round\"\r\n", "red, round"),
     "a caption of two lines": (".csv", 'file_name,text\ngood.png,"red\nround"', "red\nround"),
     "a number in a csv": (".csv", "file_name,text\ngood.png,5", "5"),
@@ -417,6 +419,7 @@ def metadata(folder: Path, suffix: str, content: str | bytes) -> Path:
     (folder / "nowhere.png").symlink_to("gone.png")
     (folder / "itself.png").symlink_to("itself.png")
     Image.new("RGB", (20, 20)).save(folder.parent / "secret.png")
+    shutil.copy(folder / "good.png", folder / "..good.png")
     path = folder / f"metadata{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return path
@@ -435,6 +438,12 @@ def test_bad_metadata_is_one_sentence_with_file_and_line(folder: Path, kind: str
 def test_odd_metadata_works(folder: Path, kind: str) -> None:
     metadata(folder, *ODD_METADATA[kind][:2])
     assert list(load_captioned_images(str(folder))["text"]) == [ODD_METADATA[kind][2]]
+
+
+def test_one_caption_for_all_beside_metadata(folder: Path) -> None:
+    metadata(folder, ".jsonl", line())
+    with pytest.raises(UserError, match=r"--caption: .* has captions of its own \(.*metadata\.jsonl\)"):
+        load_captioned_images(str(folder), caption="one for all")
 
 
 def test_several_problems_are_counted(folder: Path) -> None:

@@ -188,7 +188,7 @@ def _image_of(row: dict, folder: str, metadata: str) -> str:
     path = os.path.normpath(os.path.join(os.path.dirname(metadata), name))
     if os.path.isabs(name) or name[1:2] == ":":
         raise UserError(f"file_name is an absolute path ({shown}); write it relative to the metadata file")
-    if os.path.relpath(path, folder).startswith(".."):
+    if os.path.relpath(path, folder).split(os.sep)[0] == "..":
         raise UserError(f"file_name leads out of the folder ({shown})")
     if not _is_unicode(name) or not os.path.isfile(path):
         raise UserError(f"there is no file {shown}")
