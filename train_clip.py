@@ -12,7 +12,7 @@ metrics.csv, loss.png and retrieval.png. Use it with `--text_encoder stable_diff
 The defaults are for a GPU; a CPU wants smaller ones, such as --patch_size 12 --vision_width 128 --vision_layers 3
 --text_width 128 --text_layers 2 --batch_size 64 --fresh_monsters 4 --pool 8192.
 
-Letters: N pictures with their captions, R pixels a side, L tokens of a caption, P width of the space where both meet.
+Letters: N images with their captions, R pixels a side, L tokens of a caption, P width of the space where both meet.
 """
 
 from training.options import answer_help, parse_options
@@ -71,7 +71,7 @@ from training.script import UserError, run, user_errors
 MAX_LOGIT_SCALE = math.log(100)  # the paper's clamp, which keeps training stable (section 2.5)
 
 # Monsters that are drawn while training, and those it is judged by (the first 100 of them, if not told otherwise). Data
-# sets of monsters count from 0, so neither touches the pictures that other networks are trained on.
+# sets of monsters count from 0, so neither touches the images that other networks are trained on.
 FIRST_TRAINING_MONSTER = 1_000_000
 HELD_OUT_MONSTERS = range(900_000, FIRST_TRAINING_MONSTER)
 
@@ -85,7 +85,7 @@ COLUMNS = ("step", "loss", "gradient_norm", "learning_rate", "logit_scale", *SCO
 
 
 def clip_loss(images: Tensor, captions: Tensor, logit_scale: Tensor) -> Tensor:
-    """Which caption is this picture's, which picture is this caption's (Radford et al. 2021, Figure 3)?
+    """Which caption is this image's, which image is this caption's (Radford et al. 2021, Figure 3)?
 
     Unit vectors (N, P) twice and the logarithm of the inverse temperature → the mean of two cross-entropies, in nats.
     """
@@ -95,7 +95,7 @@ def clip_loss(images: Tensor, captions: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: a source hands out n pictures and their tokens for a step, as a function of (seed, step) alone
+# Data: a source hands out n images and their tokens for a step, as a function of (seed, step) alone
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +113,7 @@ class FixedImages:
 class FreshMonsters:
     """Monsters without end: some are drawn for every step, and the latest of them are kept for a while.
 
-    Drawing is the bottleneck (20 ms on a core), so each picture is seen several times: a step draws its batch from a
+    Drawing is the bottleneck (20 ms on a core), so each image is seen several times: a step draws its batch from a
     ring of the latest ones. Which these are follows from the step, so a resumed run draws the same.
     """
 
@@ -164,14 +164,14 @@ class FreshMonsters:
 
 
 class _Drawings(Dataset):
-    """Monster number i: its picture as bytes (3, R, R), and its caption."""
+    """Monster number i: its image as bytes (3, R, R), and its caption."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        picture = np.asarray(monsters.draw(index, self.size)).transpose(2, 0, 1)
-        return picture, monsters.caption(index)
+        image = np.asarray(monsters.draw(index, self.size)).transpose(2, 0, 1)
+        return image, monsters.caption(index)
 
 
 def _collate(rows: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:

@@ -69,7 +69,7 @@ class Crops:
         self.positions = int(self.weights.shape[1] ** 0.5)
 
     def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Crops of the chosen pictures: (n, 3, size, size) in [-1, 1]."""
+        """Crops of the chosen images: (n, 3, size, size) in [-1, 1]."""
         device, n = self.images.device, len(indices)
         weights = self.weights[indices]
         # A draw in proportion to the weights: the shortest of waits with these rates. `multinomial` would check its
@@ -114,7 +114,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def reconstruction_loss(reconstruct: nn.Module, images: Tensor, options: Options) -> dict[str, Tensor]:
-    """The terms of the negative evidence bound and the pictures: images (N, 3, H, W) → loss, l1, kl, made."""
+    """The terms of the negative evidence bound and the images: images (N, 3, H, W) → loss, l1, kl, made."""
     made, kl = reconstruct(images)
     l1, l2 = (made - images).abs().mean(), (made - images).square().mean()
     kl = kl.sum() / images.numel()  # per pixel value, so that the weight means the same at every size
@@ -148,7 +148,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
 
 @torch.no_grad()
 def measure_scaling_factor(vae: VAE, images: Tensor, generator: torch.Generator) -> float:
-    """1/std of posterior samples over whole pictures, so that the U-Net sees unit variance (Rombach 2022, App. G)."""
+    """1/std of posterior samples over whole images, so that the U-Net sees unit variance (Rombach 2022, App. G)."""
     device = vae.quant_conv.weight.device
     samples = [vae.encode(to_floats(one.to(device))).sample(generator).flatten() for one in images.split(4)]
     return 1.0 / torch.cat(samples).float().std().item()

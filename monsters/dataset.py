@@ -53,7 +53,7 @@ def render(monster: Monster, size: int = 512) -> Image.Image:
 
 def check_size(size: int) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or not 16 <= size <= 4096:
-        raise ValueError(f"A monster's picture is 16 to 4096 pixels wide, not {size!r}: choose a size in between.")
+        raise ValueError(f"A monster's image is 16 to 4096 pixels wide, not {size!r}: choose a size in between.")
 
 
 def caption(index: int) -> str:

@@ -79,7 +79,7 @@ def finetune(pretrained: Path | str, output: Path, *more: str) -> Path:
 
 
 @pytest.mark.parametrize(("source", "scheduler"), [("sd1", SD1_SCHEDULER), ("zero SNR", ZERO_SNR), ("file", {})])
-def test_what_was_finetuned_opens_in_diffusers_and_gives_the_same_picture(sources, tmp_path, source, scheduler):
+def test_what_was_finetuned_opens_in_diffusers_and_gives_the_same_image(sources, tmp_path, source, scheduler):
     before = StableDiffusion.from_pretrained(sources[source], device="cpu")
     model, pipe = open_both(finetune(sources[source], tmp_path / "run"))
     assert model.schedule == before.schedule
@@ -112,7 +112,7 @@ def test_memory_may_be_traded_without_changing_the_steps(sources, tmp_path):
     assert (step - other).norm() < 0.02 * step.norm()
 
 
-def test_a_handful_of_real_pictures(sources, tmp_path, pokemon_folder):
+def test_a_handful_of_real_images(sources, tmp_path, pokemon_folder):
     rows = [json.loads(line) for line in (pokemon_folder / "metadata.jsonl").read_text().splitlines()[:5]]
     (tmp_path / "five").mkdir()
     for row in rows:

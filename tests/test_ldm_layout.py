@@ -212,7 +212,7 @@ def test_a_vae_of_its_own_is_read(tmp_path, prefix):
 
 
 def test_the_last_layer_of_open_clip_is_left_out(tmp_path):
-    """SD 2.x reads ViT-H's last layer but one; its files hold the 24th too, and what compares with pictures."""
+    """SD 2.x reads ViT-H's last layer but one; its files hold the 24th too, and what compares with images."""
     model = make(SD2, SMALL_VAE, act="gelu", layers=23)
     path = tmp_path / "model.safetensors"
     write_ldm(path, model)
@@ -228,7 +228,7 @@ def test_the_last_layer_of_open_clip_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.13])
-def test_a_vae_of_another_scale_gives_the_same_pictures_with_the_scale_of_the_layout(tmp_path, factor):
+def test_a_vae_of_another_scale_gives_the_same_images_with_the_scale_of_the_layout(tmp_path, factor):
     config = VAEConfig(block_out_channels=(32, 32), layers_per_block=1, scaling_factor=factor)
     vae = AutoencoderKL.from_config(vae_dict(config))
     write_ldm(tmp_path / "model.safetensors", LDMCheckpoint(vae_config=config, vae=vae.state_dict()))
@@ -241,8 +241,8 @@ def test_a_vae_of_another_scale_gives_the_same_pictures_with_the_scale_of_the_la
         ours, theirs = vae.encode(images).latent_dist, rescaled.encode(images).latent_dist
         torch.testing.assert_close(theirs.mean * 0.18215, ours.mean * factor, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs.std * 0.18215, ours.std * factor, rtol=1e-4, atol=1e-5)
-        pictures = vae.decode(latents / factor).sample
-        torch.testing.assert_close(rescaled.decode(latents / 0.18215).sample, pictures, rtol=1e-4, atol=1e-5)
+        images = vae.decode(latents / factor).sample
+        torch.testing.assert_close(rescaled.decode(latents / 0.18215).sample, images, rtol=1e-4, atol=1e-5)
 
 
 def test_what_shapes_do_not_show_is_kept_in_the_metadata(tmp_path):

@@ -42,10 +42,10 @@ def difference(a: Image.Image, b: Image.Image) -> float:
     return float((np.asarray(ImageChops.difference(a, b)).max(-1) > 12).mean())
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_rgb_on_white_at_the_size_asked_for():
+def test_a_image_is_rgb_on_white_at_the_size_asked_for():
     for size in (16, 100, 512):
         image = monsters.draw(3, size)
         assert image.mode == "RGB" and image.size == (size, size)
@@ -127,13 +127,13 @@ def test_there_are_more_than_a_million_combinations():
     assert monsters.combinations() > 1_000_000
 
 
-def test_every_size_is_the_same_picture():
+def test_every_size_is_the_same_image():
     for index in range(10):
         large = monsters.draw(index, 512).reduce(512 // SMALL)
         assert np.abs(np.asarray(large, float) - np.asarray(small(index), float)).mean() < 4  # of 255
 
 
-def test_pictures_show_one_monster_on_white():
+def test_images_show_one_monster_on_white():
     assert [i for i in range(250) if not monsters.is_monster_on_white(small(i))] == []
 
 
@@ -159,7 +159,7 @@ def test_the_coat_has_the_colour_of_the_record():
     assert len(wrong) <= 3, wrong
 
 
-def test_the_colour_is_seen_in_blurred_and_noisy_pictures_too():
+def test_the_colour_is_seen_in_blurred_and_noisy_images_too():
     """As a half-trained model makes them."""
     rng = np.random.default_rng(0)
     right = 0
@@ -196,7 +196,7 @@ def test_the_verdicts_are_those_of_every_version_before() -> None:
     assert digest("\n".join(verdicts).encode()) == "6f237217a4075013"
 
 
-def test_a_blank_picture_has_no_colour():
+def test_a_blank_image_has_no_colour():
     assert monsters.colour_of(Image.new("RGB", (64, 64), "white")) == ""
 
 

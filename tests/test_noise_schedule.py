@@ -27,7 +27,7 @@ def pair(schedule: str, prediction_type: str = "epsilon", zero: bool = False, n:
     return ours, theirs
 
 
-def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+def images() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(len(T), 4, 5, 3), torch.randn(len(T), 4, 5, 3)
 
 
@@ -45,7 +45,7 @@ def test_zero_terminal_snr_tables_are_those_of_diffusers(schedule):
     ours, theirs = pair(schedule, "v_prediction", zero=True)
     torch.testing.assert_close(ours.betas, theirs.betas, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
-    assert ours.alphas_cumprod[-1] == 0  # nothing of the picture is left, exactly
+    assert ours.alphas_cumprod[-1] == 0  # nothing of the image is left, exactly
     untouched, _ = pair(schedule)
     torch.testing.assert_close(ours.alphas_cumprod[0], untouched.alphas_cumprod[0])  # while the first level stays
 
@@ -65,7 +65,7 @@ def test_known_constants_of_stable_diffusion():
 @pytest.mark.parametrize("schedule", CURVES)
 def test_noise_and_velocity_are_those_of_diffusers(schedule, zero):
     ours, theirs = pair(schedule, "v_prediction", zero)
-    x0, noise = pictures()
+    x0, noise = images()
     torch.testing.assert_close(ours.add_noise(x0, noise, T), theirs.add_noise(x0, noise, T), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.target(x0, noise, T), theirs.get_velocity(x0, noise, T), rtol=1e-4, atol=1e-5)
     as_epsilon, _ = pair(schedule)
@@ -91,7 +91,7 @@ KINDS = [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
 def test_predictions_turn_back_into_what_made_them(prediction_type, zero):
     """The perfect prediction at any t gives x_0 and ε back; at zero SNR, where x_t has lost x_0, v still does."""
     schedule, _ = pair("scaled_linear", prediction_type, zero)
-    x0, noise = pictures()
+    x0, noise = images()
     x0, noise = x0.double(), noise.double()
     x_t = schedule.add_noise(x0, noise, T)
     target = schedule.target(x0, noise, T)
@@ -104,7 +104,7 @@ def test_predictions_turn_back_into_what_made_them(prediction_type, zero):
 def test_training_and_samplers_compute_the_same(prediction_type, zero):
     """The equations at a float ᾱ, as samplers call them, and at timesteps, as training does."""
     schedule, _ = pair("scaled_linear", prediction_type, zero)
-    x0, noise = pictures()
+    x0, noise = images()
     x_t, target = schedule.add_noise(x0, noise, T), schedule.target(x0, noise, T)
     for i, t in enumerate(T):
         alpha_bar, one = schedule.alphas_cumprod[t].item(), slice(i, i + 1)
@@ -120,7 +120,7 @@ def test_training_and_samplers_compute_the_same(prediction_type, zero):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_results_have_the_type_of_what_was_given(dtype):
     schedule, _ = pair("scaled_linear", "v_prediction")
-    x0, noise = (v.to(dtype) for v in pictures())
+    x0, noise = (v.to(dtype) for v in images())
     x_t, target = schedule.add_noise(x0, noise, T), schedule.target(x0, noise, T)
     found = schedule.to_x0(target, x_t, T), schedule.to_epsilon(target, x_t, T)
     assert {tensor.dtype for tensor in (x_t, target, *found)} == {dtype}
@@ -128,7 +128,7 @@ def test_results_have_the_type_of_what_was_given(dtype):
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 4, 5, 6)])
-def test_each_picture_has_its_own_timestep(shape):
+def test_each_image_has_its_own_timestep(shape):
     schedule, t = NoiseSchedule(), torch.tensor([5, 500, 995])
     x0, noise = torch.randn(shape), torch.randn(shape)
     together = schedule.add_noise(x0, noise, t)
@@ -161,7 +161,7 @@ def test_min_snr_weights(gamma):
 def test_min_snr_weighs_every_target_like_the_same_loss_on_x0(prediction_type):
     """weight · |error of the prediction|² = min(SNR, γ) · |error of x_0|², whatever the model predicts."""
     schedule, _ = pair("scaled_linear", prediction_type)
-    x0, noise = (v.double() for v in pictures())
+    x0, noise = (v.double() for v in images())
     x_t, target = schedule.add_noise(x0, noise, T), schedule.target(x0, noise, T)
     prediction = target + 0.1 * torch.randn_like(target)
     in_prediction = (prediction - target).pow(2).mean((1, 2, 3))
@@ -170,7 +170,7 @@ def test_min_snr_weighs_every_target_like_the_same_loss_on_x0(prediction_type):
     torch.testing.assert_close(weighted, schedule.snr(T).clamp(max=5.0) * in_x0, rtol=1e-4, atol=1e-9)
 
 
-def test_weights_are_finite_where_nothing_of_the_picture_is_left():
+def test_weights_are_finite_where_nothing_of_the_image_is_left():
     schedule, _ = pair("scaled_linear", "v_prediction", zero=True)
     weights = schedule.loss_weight(torch.arange(1000), 5.0)
     assert torch.isfinite(weights).all() and (weights >= 0).all() and (weights <= 1).all()

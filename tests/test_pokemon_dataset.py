@@ -178,8 +178,8 @@ def test_caption_column_is_found_or_named(folder: Path) -> None:
 def test_a_folder_in_the_layout_of_the_hub(folder: Path, tmp_path: Path) -> None:
     """Parquet files with the images in them; the same images have the same place in the cache as those of a folder."""
     cells = [{"bytes": (folder / name).read_bytes(), "path": None} for name in CAPTIONS]
-    columns = {"picture": cells, "en_text": list(CAPTIONS.values()), "label": [1, 2, 3]}
-    kinds = {"picture": datasets.Image(), "en_text": datasets.Value("string"), "label": datasets.Value("int64")}
+    columns = {"image": cells, "en_text": list(CAPTIONS.values()), "label": [1, 2, 3]}
+    kinds = {"image": datasets.Image(), "en_text": datasets.Value("string"), "label": datasets.Value("int64")}
     table = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
     (tmp_path / "hub" / "data").mkdir(parents=True)
     table.to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))

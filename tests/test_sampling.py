@@ -1,5 +1,5 @@
 """What `StableDiffusion.sample` promises: diffusers' latents from the same weights and noise, exact masks, a seed's
-picture whatever its neighbours, and one sentence for whatever cannot be done."""
+image whatever its neighbours, and one sentence for whatever cannot be done."""
 
 import inspect
 import math
@@ -65,7 +65,7 @@ def calls(model) -> list[int]:
     hook.remove()
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (72, 64), mode: str = "RGB") -> Image.Image:
+def image(seed: int = 0, size: tuple[int, int] = (72, 64), mode: str = "RGB") -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     return Image.fromarray(noise).convert(mode)
 
@@ -78,7 +78,7 @@ def half_mask(size: tuple[int, int] = (72, 64)) -> Image.Image:
 
 
 def sample(model: StableDiffusion, prompts=PROMPTS, **options) -> tuple[torch.Tensor, list[Image.Image]]:
-    """(latents after the last step, pictures)."""
+    """(latents after the last step, images)."""
     seen = []
     settings = {"steps": 4, "seeds": SEEDS[: len(prompts)], "progress": False, **SIZE} | options
     made = model.sample(prompts, **settings, callback=lambda step, t, x, x0: seen.append(x))
@@ -135,14 +135,14 @@ class TestLatentsAreThoseOfDiffusers:
 
     @pytest.mark.parametrize("strength", [0.5, 1.0])
     def test_image_to_image(self, request, name, sampler, strength):
-        model, start = request.getfixturevalue(name), [picture(0), picture(1)]
+        model, start = request.getfixturevalue(name), [image(0), image(1)]
         here, _ = sample(model, negative_prompts=NEGATIVE, sampler=sampler, init_images=start, strength=strength)
         there = theirs(StableDiffusionImg2ImgPipeline, model, sampler, image=start, strength=strength)
         assert close(here, there)
 
     @pytest.mark.parametrize("strength", [0.75, 1.0])
     def test_inpainting(self, request, name, sampler, strength):
-        model, start, mask = request.getfixturevalue(name), [picture(0), picture(1)], half_mask()
+        model, start, mask = request.getfixturevalue(name), [image(0), image(1)], half_mask()
         here, _ = sample(
             model, negative_prompts=NEGATIVE, sampler=sampler, init_images=start, masks=mask, strength=strength
         )
@@ -212,7 +212,7 @@ def test_guidance_between_two_noise_levels(model, calls):
 
 
 def test_rescaled_guidance_restores_the_conditional_spread():
-    """Lin et al. 2024: at φ = 1 the guided prediction is as wide as the conditional one, picture by picture."""
+    """Lin et al. 2024: at φ = 1 the guided prediction is as wide as the conditional one, image by image."""
     torch.manual_seed(0)
     without, words = torch.randn(2, 2, 4, 8, 8)
     plain, half, full = (Guidance(9.0, rescale).combine(without, words) for rescale in (0.0, 0.5, 1.0))
@@ -246,17 +246,17 @@ def test_image_to_image_takes_its_share_of_the_steps(model, calls):
         calls.clear()
         if taken is None:
             with pytest.raises(ValueError, match="strength"):
-                sample(model, ["x"], steps=steps, strength=strength, init_images=picture())
+                sample(model, ["x"], steps=steps, strength=strength, init_images=image())
         else:
-            sample(model, ["x"], steps=steps, strength=strength, init_images=picture())
+            sample(model, ["x"], steps=steps, strength=strength, init_images=image())
         assert len(calls) == (taken or 0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_has_the_bits_of_its_seed_whatever_its_neighbours(model, sampler):
+def test_a_image_has_the_bits_of_its_seed_whatever_its_neighbours(model, sampler):
     """The guarantee on a CPU; on a GPU, batched matrix kernels may sum in another order."""
     prompts, seeds = ["a red fox", "blue (bird:1.4)", "", "a red fox"], [3, 8, 5, 3]
-    starts = [picture(k) for k in range(4)]
+    starts = [image(k) for k in range(4)]
     for options in ({}, {"init_images": starts, "masks": [half_mask()] * 4, "strength": 0.8}):
         together, made = sample(model, prompts, seeds=seeds, sampler=sampler, **options)
         for k in (0, 1, 2):
@@ -315,13 +315,13 @@ def _copy_of(model: StableDiffusion) -> StableDiffusion:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures to start from
+# Images to start from
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 def test_outside_the_mask_the_original_returns_exactly(model, mode):
-    originals, mask = [picture(k, mode=mode) for k in (0, 1)], half_mask()
+    originals, mask = [image(k, mode=mode) for k in (0, 1)], half_mask()
     made = sample(model, init_images=originals, masks=mask, strength=1.0)[1]
     keep = np.asarray(mask) == 0
     for here, original in zip(made, originals, strict=True):
@@ -334,20 +334,20 @@ def test_outside_the_mask_the_original_returns_exactly(model, mode):
 def test_a_mask_of_any_mode_means_the_same(model, mode):
     mask = half_mask()
     converted = Image.fromarray(np.asarray(mask).astype(np.uint16) * 257) if mode == "I;16" else mask.convert(mode)
-    expected, _ = sample(model, init_images=picture(), masks=mask)
-    assert torch.equal(sample(model, init_images=picture(), masks=converted)[0], expected)
+    expected, _ = sample(model, init_images=image(), masks=mask)
+    assert torch.equal(sample(model, init_images=image(), masks=converted)[0], expected)
 
 
 def test_masks_of_all_and_nothing(model):
-    original = picture()
+    original = image()
     (nothing,) = sample(model, ["x"], init_images=original, masks=Image.new("L", original.size, 0))[1]
     assert np.array_equal(array(nothing), array(original))
     everything, _ = sample(model, ["x"], init_images=original, masks=Image.new("L", original.size, 255))
     assert torch.equal(everything, sample(model, ["x"], init_images=original)[0])
 
 
-def test_weaker_strength_stays_closer_to_the_picture(model):
-    original = picture()
+def test_weaker_strength_stays_closer_to_the_image(model):
+    original = image()
     latents = model.encode_images(image_to_pixels(original)[None], torch.Generator().manual_seed(3))
     far = [
         (sample(model, ["x"], init_images=original, strength=s, steps=20)[0] - latents).norm() for s in (0.1, 0.5, 1)
@@ -355,8 +355,8 @@ def test_weaker_strength_stays_closer_to_the_picture(model):
     assert far == sorted(far)
 
 
-def test_a_picture_turned_by_its_exif_tag_is_measured_upright(model):
-    lying = picture(size=(64, 72))
+def test_a_image_turned_by_its_exif_tag_is_measured_upright(model):
+    lying = image(size=(64, 72))
     upright = lying.transpose(Image.Transpose.ROTATE_270)
     exif = lying.getexif()
     exif[0x0112] = 6  # turn by 90 degrees when shown
@@ -454,7 +454,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_dropped(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a picture says of itself
+# What a image says of itself
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -564,15 +564,15 @@ BAD_REQUESTS = {
     "eta for another sampler": ({"eta": 0.5}, "eta.*ddim"),
     "Karras for another sampler": ({"karras": True, "sampler": "ddim"}, "karras"),
     "spacing": ({"timestep_spacing": "dense"}, "timestep_spacing"),
-    "no strength": ({"init_images": picture(), "strength": 0.0}, "strength"),
-    "too much strength": ({"init_images": picture(), "strength": 1.01}, "strength"),
-    "NaN strength": ({"init_images": picture(), "strength": NAN}, "strength"),
-    "a start of another size": ({"init_images": picture(size=(64, 64))}, r"init_images\[0\] is 64×64.*72×64"),
-    "a start that is no picture": ({"init_images": ["fox.png"]}, r"init_images\[0\].*str"),
-    "more starts than prompts": ({"init_images": [picture()] * 2}, "init_images: 2 given for 1"),
-    "a mask of another size": ({"init_images": picture(), "masks": half_mask((64, 64))}, r"masks\[0\] is 64×64"),
-    "no masks": ({"init_images": picture(), "masks": []}, "masks"),
-    "a mask without a picture": ({"masks": half_mask()}, "init_images"),
+    "no strength": ({"init_images": image(), "strength": 0.0}, "strength"),
+    "too much strength": ({"init_images": image(), "strength": 1.01}, "strength"),
+    "NaN strength": ({"init_images": image(), "strength": NAN}, "strength"),
+    "a start of another size": ({"init_images": image(size=(64, 64))}, r"init_images\[0\] is 64×64.*72×64"),
+    "a start that is no image": ({"init_images": ["fox.png"]}, r"init_images\[0\].*str"),
+    "more starts than prompts": ({"init_images": [image()] * 2}, "init_images: 2 given for 1"),
+    "a mask of another size": ({"init_images": image(), "masks": half_mask((64, 64))}, r"masks\[0\] is 64×64"),
+    "no masks": ({"init_images": image(), "masks": []}, "masks"),
+    "a mask without a image": ({"masks": half_mask()}, "init_images"),
     "noise of another shape": ({"noise": torch.zeros(1, 4, 8, 8)}, r"noise.*\(1, 4, 8, 9\)"),
     "noise with NaN": ({"noise": torch.full((1, 4, 8, 9), NAN)}, "noise"),
 }

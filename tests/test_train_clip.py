@@ -51,8 +51,8 @@ def drawn(count: int, size: int = 32) -> tuple[Tensor, list[str]]:
     """Monsters whose colours differ, so that a small network can tell them apart."""
     chosen = {monsters.roll(i).colour: i for i in range(100)}
     indices = list(chosen.values())[:count]
-    pictures = torch.stack([torch.from_numpy(np.array(monsters.draw(i, size))).permute(2, 0, 1) for i in indices])
-    return pictures, [f"a {monsters.roll(i).colour} pokemon" for i in indices]
+    images = torch.stack([torch.from_numpy(np.array(monsters.draw(i, size))).permute(2, 0, 1) for i in indices])
+    return images, [f"a {monsters.roll(i).colour} pokemon" for i in indices]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_retrieval_counts_hits_and_lets_twins_pass(tokenizer, monkeypatch) -> No
     monkeypatch.setattr(clip_model, "tokenize", lambda _, texts: torch.tensor([vectors[t] for t in texts]))
     monkeypatch.setattr(clip_model, "embed_captions", lambda _, ids: ids)
     monkeypatch.setattr(clip_model, "embed_images", lambda _, pixels: pixels)
-    # Three pictures look like their captions; the last looks like b, a little more so than b's own.
+    # Three images look like their captions; the last looks like b, a little more so than b's own.
     pixels = torch.tensor([[1.0, 0, 0], [0.9, 0, 0], [0, 0.8, 0], [0, 0.9, 0.1]])
     assert retrieval(tiny_clip(tokenizer), tokenizer, pixels, captions) == (0.75, 0.75)
 
@@ -226,9 +226,9 @@ def test_diffusers_takes_it_as_a_pipelines_text_encoder(folder, tmp_path) -> Non
 
 
 def test_preprocessing_says_what_the_pixels_are(folder) -> None:
-    picture = monsters.draw(5, 96)
-    theirs = CLIPProcessor.from_pretrained(folder)(images=picture, return_tensors="pt").pixel_values[0]
-    assert (theirs - to_pixels(picture, 32)).abs().mean() < 0.01
+    image = monsters.draw(5, 96)
+    theirs = CLIPProcessor.from_pretrained(folder)(images=image, return_tensors="pt").pixel_values[0]
+    assert (theirs - to_pixels(image, 32)).abs().mean() < 0.01
 
 
 def test_whole_model_of_default_shape_is_small(tokenizer) -> None:
@@ -319,7 +319,7 @@ def arguments(folder, *more: str, steps: int = 6) -> list[str]:
 
 @pytest.fixture(scope="module")
 def images_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for i in range(24):
         monsters.draw(i, 40).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(monsters.caption(i))

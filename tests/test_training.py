@@ -56,7 +56,7 @@ def arguments(parts: Path, output: Path, *more: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_pictures_come_back_from_their_own_captions() -> None:
+def test_two_images_come_back_from_their_own_captions() -> None:
     """Overfitted to two captioned latents, guided sampling returns each from its caption, far from the other."""
     torch.manual_seed(1)
     model = tiny_model()
@@ -212,8 +212,8 @@ def _check_run_folder(folder: Path) -> None:
         rows = list(csv.DictReader(file))
     assert any(row["validation_loss"] for row in rows) and all(float(row["loss"]) > 0 for row in rows if row["loss"])
     model = StableDiffusion.from_pretrained(folder / "model", device="cpu")
-    picture = model.sample(["a fox"], steps=2, height=64, width=64, progress=False)[0]
-    assert picture.size == (64, 64)
+    image = model.sample(["a fox"], steps=2, height=64, width=64, progress=False)[0]
+    assert image.size == (64, 64)
     assert not list(folder.glob(".*"))  # no temporary file stays
 
 

@@ -133,14 +133,14 @@ def load_clip(path_or_hub_id: str | os.PathLike, what: str = "the CLIP") -> tupl
     folder = locate(path_or_hub_id, what)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
-        raise ValueError(f"{folder}: holds no whole CLIP (model type {config.get('model_type')!r}), pictures included.")
+        raise ValueError(f"{folder}: holds no whole CLIP (model type {config.get('model_type')!r}), images included.")
     model = CLIPModel(CLIPConfig(**config)).float()
     load_strict(model, read_folder_weights(folder, "model"), folder)
     return model, load_tokenizer(folder)
 
 
 def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the standard folder: weights in half precision, tokenizer in both layouts, picture preprocessing."""
+    """Writes the standard folder: weights in half precision, tokenizer in both layouts, image preprocessing."""
     config = copy.deepcopy(model.config)
     config.architectures = ["CLIPModel"]
     for part in (config, config.text_config, config.vision_config):
@@ -189,9 +189,9 @@ def embed_captions(model: CLIPModel, ids: Tensor) -> Tensor:
 def retrieval(
     model: CLIPModel, tokenizer: PreTrainedTokenizerBase, pixels: Tensor, captions: list[str]
 ) -> tuple[float, float]:
-    """R@1 from picture to caption and from caption to picture, in 0..1, of pictures (N, 3, H, H) in [-1, 1].
+    """R@1 from image to caption and from caption to image, in 0..1, of images (N, 3, H, H) in [-1, 1].
 
-    A hit is the right caption word for word: where two pictures share one, either will do.
+    A hit is the right caption word for word: where two images share one, either will do.
     """
     device = model.logit_scale.device
     images = torch.cat([embed_images(model, part.to(device)) for part in pixels.split(50)])  # (N, P)

@@ -64,7 +64,7 @@ def rehearse_step(
 ) -> int:
     """Most bytes that gradients, activations and low-precision copies take together at one moment of a training step.
 
-    `latents`: pictures in a micro-batch, height and width of their latents; `length`: text positions. `accumulates`:
+    `latents`: images in a micro-batch, height and width of their latents; `length`: text positions. `accumulates`:
     there is more than one micro-batch, so the gradients of the first are there when the second begins.
     """
     with FakeTensorMode(), torch.device(device_type):
@@ -169,7 +169,7 @@ def forecast(
     remedies = {
         "--gradient_checkpointing": not checkpointing,
         f"--gradient_accumulation {micro_batches * latents[0]}": latents[0] > 1,
-        "--precision bfloat16": precision == torch.float32 and latents[0] > 1,  # for one picture, its copies weigh more
+        "--precision bfloat16": precision == torch.float32 and latents[0] > 1,  # for one image, its copies weigh more
         "--ema_decay 0": bool(parts["EMA"]),
         "--ema_on_cpu": bool(parts["EMA"]) and not on_cpu,
     }
