@@ -163,7 +163,7 @@ def assert_same(here: tuple[torch.Tensor, np.ndarray], there: tuple[torch.Tensor
     relative = (here[0] - there[0]).norm() / there[0].norm()
     assert relative < 1e-3, f"latents differ by {relative:.2g}"
     assert (np.abs(here[1] - there[1]) <= 1).mean() >= 0.999
-    assert here[1].std() > 5  # a image, not a plain grey
+    assert here[1].std() > 5  # an image, not a plain grey
 
 
 def open_both(folder: Path) -> tuple[StableDiffusion, StableDiffusionPipeline]:

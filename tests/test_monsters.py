@@ -45,7 +45,7 @@ def difference(a: Image.Image, b: Image.Image) -> float:
 # --- images --------------------------------------------------------------------------------------------------------
 
 
-def test_a_image_is_rgb_on_white_at_the_size_asked_for():
+def test_an_image_is_rgb_on_white_at_the_size_asked_for():
     for size in (16, 100, 512):
         image = monsters.draw(3, size)
         assert image.mode == "RGB" and image.size == (size, size)

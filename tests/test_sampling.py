@@ -253,7 +253,7 @@ def test_image_to_image_takes_its_share_of_the_steps(model, calls):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_image_has_the_bits_of_its_seed_whatever_its_neighbours(model, sampler):
+def test_an_image_has_the_bits_of_its_seed_whatever_its_neighbours(model, sampler):
     """The guarantee on a CPU; on a GPU, batched matrix kernels may sum in another order."""
     prompts, seeds = ["a red fox", "blue (bird:1.4)", "", "a red fox"], [3, 8, 5, 3]
     starts = [image(k) for k in range(4)]
@@ -355,7 +355,7 @@ def test_weaker_strength_stays_closer_to_the_image(model):
     assert far == sorted(far)
 
 
-def test_a_image_turned_by_its_exif_tag_is_measured_upright(model):
+def test_an_image_turned_by_its_exif_tag_is_measured_upright(model):
     lying = image(size=(64, 72))
     upright = lying.transpose(Image.Transpose.ROTATE_270)
     exif = lying.getexif()
@@ -454,7 +454,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_dropped(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a image says of itself
+# What an image says of itself
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -572,7 +572,7 @@ BAD_REQUESTS = {
     "more starts than prompts": ({"init_images": [image()] * 2}, "init_images: 2 given for 1"),
     "a mask of another size": ({"init_images": image(), "masks": half_mask((64, 64))}, r"masks\[0\] is 64×64"),
     "no masks": ({"init_images": image(), "masks": []}, "masks"),
-    "a mask without a image": ({"masks": half_mask()}, "init_images"),
+    "a mask without an image": ({"masks": half_mask()}, "init_images"),
     "noise of another shape": ({"noise": torch.zeros(1, 4, 8, 8)}, r"noise.*\(1, 4, 8, 9\)"),
     "noise with NaN": ({"noise": torch.full((1, 4, 8, 9), NAN)}, "noise"),
 }
