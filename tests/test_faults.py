@@ -141,4 +141,5 @@ def run_test(copy: str, test: str, printed: str) -> None:
     redirect(printed)
     use_code_in(copy)
     os.chdir(copy)
-    sys.exit(pytest.main([test, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", copy]))
+    options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "--rootdir", copy)
+    sys.exit(pytest.main([test, *options]))
