@@ -59,10 +59,11 @@ def load_captioned_images(
     revision: str | None = None,
     caption_column: str | None = None,
     caption: str | None = None,
+    drawn_size: int = 512,
 ) -> datasets.Dataset:
     """The captioned images of `source` as a Dataset with columns `image` (bytes or path, decoded later) and `text`.
 
-    `caption` is for all images of a source that has none. Raises UserError, one sentence that says what to do.
+    `caption` is for all images of a source that has none; monsters are drawn at `drawn_size` pixels. Raises UserError.
     """
     where = os.path.expanduser(source)
     is_folder, is_drawn = source != "" and os.path.isdir(where), source.split(":")[0] == "monsters"
@@ -73,7 +74,7 @@ def load_captioned_images(
     if is_drawn:
         with user_errors():
             count = monsters.parse_spec(source)
-        found = _part_of(split, "train", source, monsters.load_monsters(count))
+        found = _part_of(split, "train", source, monsters.load_monsters(count, max(drawn_size, 16)))
     elif is_folder:
         name = split.partition("[")[0]  # train[:100] is the first hundred of train
         read = read_folder(where, name, caption_column, caption)
@@ -191,7 +192,7 @@ def load_pixels(cells: list[dict], resolution: int, pool: ThreadPoolExecutor) ->
 
 def load_images(source: str, resolution: int, on_bad_image: str = "error") -> tuple[Tensor, list[str]]:
     """All images of a source, uint8 (N, 3, R, R) in host memory, and their captions; `on_bad_image`: see `prepare`."""
-    table, alone = load_captioned_images(source), Processes(0, 1, torch.device("cpu"))
+    table, alone = load_captioned_images(source, drawn_size=resolution), Processes(0, 1, torch.device("cpu"))
     bad = undecodable(table, list(range(len(table))), resolution, alone)
     if bad:
         refuse_or_warn(table, bad, on_bad_image, alone)

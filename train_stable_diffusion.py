@@ -233,9 +233,8 @@ class Run:
         self.precision = resolve_precision(options.precision, device)
         # What can be wrong is looked at first: the checkpoint, the data set, the model. Only then anything is written.
         state = load_common_checkpoint(Path(options.output_dir), processes) if options.resume else None
-        images = load_captioned_images(
-            options.dataset, options.split, options.revision, options.caption_column, options.caption
-        )
+        source = (options.dataset, options.split, options.revision, options.caption_column, options.caption)
+        images = load_captioned_images(*source, drawn_size=options.resolution)
         self.model = model = build_model(options)
         self.data = prepare(
             images, model.vae, model.text_encoder, options.resolution, processes, self.precision, options.on_bad_image
