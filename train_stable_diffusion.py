@@ -63,7 +63,7 @@ from vae_model import DiagonalGaussian
 def build_model(options: Options) -> StableDiffusion:
     """The model to train: a pretrained one, or a fresh U-Net between a VAE and a text encoder."""
     name = Path(options.output_dir).name
-    with user_errors():
+    with user_errors(hint=WITHOUT_HUB):
         if options.pretrained:
             model = StableDiffusion.from_pretrained(options.pretrained, device="cpu")
             vae = load_vae(options.vae, "--vae") if options.vae else model.vae
@@ -90,6 +90,12 @@ def build_model(options: Options) -> StableDiffusion:
             prediction_type=options.prediction_type or "epsilon", zero_terminal_snr=options.zero_terminal_snr
         )
         return StableDiffusion(text_encoder, UNet(config), vae, schedule, name=name)
+
+
+WITHOUT_HUB = (
+    "; or take what ships: --vae vae_model.pth --text_encoder stable_diffusion_results/clip, or --pretrained "
+    "stable_diffusion_results/monsters/model."
+)
 
 
 def check_objective(options: Options, schedule: NoiseSchedule) -> None:

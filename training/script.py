@@ -22,12 +22,17 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns ValueErrors into `UserError`; around calls that read or check what the user gave, and nothing else."""
+def user_errors(hint: str = "") -> Iterator[None]:
+    """Turns ValueErrors into `UserError`; around calls that read or check what the user gave, and nothing else.
+
+    `hint` is added where a file or the hub does not give what is asked for.
+    """
     try:
         yield
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(str(error).removesuffix(".") + hint if hint else str(error)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
 
