@@ -14,7 +14,7 @@ Letters in the shape comments:
 """
 
 from training.options import answer_help, parse_options
-from training.presets import PARTS, PRESETS
+from training.presets import PARTS, PRESETS, WITHOUT_HUB
 from training.presets import UNetOptions as Options
 
 if __name__ == "__main__":
@@ -90,12 +90,6 @@ def build_model(options: Options) -> StableDiffusion:
             prediction_type=options.prediction_type or "epsilon", zero_terminal_snr=options.zero_terminal_snr
         )
         return StableDiffusion(text_encoder, UNet(config), vae, schedule, name=name)
-
-
-WITHOUT_HUB = (
-    "; or take what ships: --vae vae_model.pth --text_encoder stable_diffusion_results/clip, or --pretrained "
-    "stable_diffusion_results/monsters/model."
-)
 
 
 def check_objective(options: Options, schedule: NoiseSchedule) -> None:

@@ -119,6 +119,11 @@ _SHIPPED = {"vae": str(_HERE / "vae_model.pth"), "text_encoder": str(_HERE / "st
 _PUBLISHED = {"vae": "stabilityai/sd-vae-ft-mse", "text_encoder": "openai/clip-vit-large-patch14"}
 PARTS = {"monsters": _SHIPPED, "pokemon": _PUBLISHED, "finetune": _PUBLISHED}  # where no --pretrained brings them
 
+WITHOUT_HUB = (
+    "; or take what ships: --vae vae_model.pth --text_encoder stable_diffusion_results/clip, or --pretrained "
+    "stable_diffusion_results/monsters/model."
+)
+
 
 @dataclass
 class VAEOptions:
