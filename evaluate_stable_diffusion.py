@@ -2,8 +2,8 @@
 
     python evaluate_stable_diffusion.py stable_diffusion_results/monsters/model --dataset monsters:4000
 
-samples images for captions that the model was not trained on, and writes into --output_dir: `report.json`,
-`samples.png` (images with prompts) and `nearest.png` (each sample beside the training image most like it).
+samples images (for unseen captions of monsters, or for the data set's own captions), and writes into --output_dir:
+`report.json`, `samples.png` (images with prompts) and `nearest.png` (each sample beside the training image most like it).
 
 - Obedience (monsters only): a prompt names a colour; the pixel check of the monsters' own tests names the one drawn.
 - Memorisation: the distance of each sample to its nearest training image (or that image's mirror), against the same
@@ -11,11 +11,11 @@ samples images for captions that the model was not trained on, and writes into -
 - VAE ceiling: PSNR and SSIM of images that only went through the VAE; no sample can be sharper than these.
 """
 
-from training.options import answer_help, parse_options
+from training.options import answer_early, parse_options
 from training.presets import EvaluationOptions as Options
 
 if __name__ == "__main__":
-    answer_help(Options)  # before the imports below, which take seconds
+    answer_early(Options)  # before the imports below, which take seconds
 
 import json
 import os
@@ -34,7 +34,7 @@ from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
 from stable_diffusion_model import StableDiffusion
 from training.reconstruction import measure, to_bytes
-from training.script import run, user_errors
+from training.script import UserError, run, user_errors
 
 THUMBNAIL = 64  # pixels a side at which images are compared
 FIRST_UNSEEN = 900_000  # monsters from here on are kept from training
@@ -58,11 +58,13 @@ class TrainingImages:
         if self.found is None:
             with worker_processes(os.cpu_count() or 1) as pool:
                 drawn = pool.map(monsters.draw, indices, [size] * len(indices), chunksize=64)
-                return torch.stack([image_to_pixels(image) for image in tqdm(drawn, total=len(indices))])
+                return torch.stack([image_to_pixels(image) for image in tqdm(drawn, total=len(indices), disable=None)])
         with ThreadPoolExecutor() as pool:
             cells = self.found.select(indices)["image"]
             parts = range(0, len(cells), 64)  # so that no more than 64 large images are in memory
-            return torch.cat([load_pixels(cells[start : start + 64], size, pool) for start in tqdm(parts)])
+            return torch.cat(
+                [load_pixels(cells[start : start + 64], size, pool) for start in tqdm(parts, disable=None)]
+            )
 
 
 def unseen_prompts(options: Options, training: TrainingImages) -> tuple[list[str], list[str]]:
@@ -85,7 +87,7 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
     """One image per prompt, seeds counted from --seed; kept as PNGs in --output_dir/images."""
     folder = Path(options.output_dir) / "images"
     made: list[Image.Image] = []
-    for start in tqdm(range(0, len(prompts), options.batch_size), desc="sampling", unit="batch"):
+    for start in tqdm(range(0, len(prompts), options.batch_size), desc="sampling", unit="batch", disable=None):
         part = prompts[start : start + options.batch_size]
         files = [folder / f"{start + k:04d}.png" for k in range(len(part))]
         if options.reuse and all(file.is_file() for file in files):
@@ -142,6 +144,9 @@ def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, 
 def main(argv: list[str]) -> None:
     options = parse_options(Options, ["--model", *argv] if argv and not argv[0].startswith("-") else argv)
     folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder}: cannot be written to; choose another folder.")
     with user_errors():
         training = TrainingImages(options.dataset)
         model = StableDiffusion.from_pretrained(options.model, device=options.device)

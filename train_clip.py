@@ -15,11 +15,11 @@ The defaults are for a GPU; a CPU wants smaller ones, such as --patch_size 12 --
 Letters: N images with their captions, R pixels a side, L tokens of a caption, P width of the space where both meet.
 """
 
-from training.options import answer_help, parse_options
+from training.options import answer_early, parse_options
 from training.presets import CLIPOptions as Options
 
 if __name__ == "__main__":
-    answer_help(Options)  # before the imports below, which take seconds
+    answer_early(Options)  # before the imports below, which take seconds
 
 import copy
 import json
@@ -59,8 +59,8 @@ from training.reproducible import (
     EMA,
     Processes,
     batch_indices,
+    clip_and_step,
     decay_groups,
-    descend,
     generator_for,
     learning_rate_at,
     resolve_precision,
@@ -70,8 +70,8 @@ from training.script import UserError, run, user_errors
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's clamp, which keeps training stable (section 2.5)
 
-# Monsters that are drawn while training, and those it is judged by (the first 100 of them, if not told otherwise). Data
-# sets of monsters count from 0, so neither touches the images that other networks are trained on.
+# Indices of the monsters trained on, and of those held out (the first 100 by default). `monsters:N` counts from 0, so
+# neither overlaps with other training sets.
 FIRST_TRAINING_MONSTER = 1_000_000
 HELD_OUT_MONSTERS = range(900_000, FIRST_TRAINING_MONSTER)
 
@@ -85,7 +85,7 @@ COLUMNS = ("step", "loss", "gradient_norm", "learning_rate", "logit_scale", *SCO
 
 
 def clip_loss(images: Tensor, captions: Tensor, logit_scale: Tensor) -> Tensor:
-    """Which caption is this image's, which image is this caption's (Radford et al. 2021, Figure 3)?
+    """Cross-entropy of finding each image's caption, and each caption's image, in the batch (Radford 2021, Figure 3).
 
     Unit vectors (N, P) twice and the logarithm of the inverse temperature → the mean of two cross-entropies, in nats.
     """
@@ -111,10 +111,10 @@ class FixedImages:
 
 
 class FreshMonsters:
-    """Monsters without end: some are drawn for every step, and the latest of them are kept for a while.
+    """An endless supply of monsters, as a function of the step, so that a resumed run draws the same.
 
-    Drawing is the bottleneck (20 ms on a core), so each image is seen several times: a step draws its batch from a
-    ring of the latest ones. Which these are follows from the step, so a resumed run draws the same.
+    Each step draws some new ones into a ring buffer and takes its batch from the whole buffer, because drawing one (20
+    ms on a core) is slower than learning from it.
     """
 
     def __init__(
@@ -151,7 +151,9 @@ class FreshMonsters:
     def batch(self, step: int, n: int) -> tuple[Tensor, Tensor]:
         self.stream = self.stream or iter(self.loader)
         missing = range(self.arrived, self._due(step), self.chunk)
-        for arrived in tqdm(missing, "drawing monsters", unit=f"{self.chunk} monsters", disable=len(missing) < 4):
+        for arrived in tqdm(
+            missing, "drawing monsters", unit=f"{self.chunk} monsters", disable=None if len(missing) >= 4 else True
+        ):
             drawn, captions = next(self.stream)
             slots = slice(arrived % self.size, arrived % self.size + self.chunk)
             self.images[slots] = torch.from_numpy(drawn).to(self.images.device)
@@ -213,7 +215,10 @@ class ImageSets:
         for source in options.dataset:
             if source == "monsters":
                 indices = HELD_OUT_MONSTERS[:n]
-                drawn = [image_to_pixels(monsters.draw(i, size)) for i in tqdm(indices, "drawing held-out monsters")]
+                drawn = [
+                    image_to_pixels(monsters.draw(i, size))
+                    for i in tqdm(indices, "drawing held-out monsters", disable=None)
+                ]
                 self.held_out[source] = torch.stack(drawn), [monsters.caption(i) for i in indices]
                 captions = [monsters.caption(FIRST_TRAINING_MONSTER + i) for i in range(10_000)]
                 self.training[source] = None, captions
@@ -296,7 +301,7 @@ class Run:
             from_images, from_captions = embed_images(model, pixels), embed_captions(model, ids)  # (N, P) each
         loss = clip_loss(from_images, from_captions, model.logit_scale)
         loss.backward()
-        norm = descend(self.optimizer, options.gradient_clip)
+        norm = clip_and_step(self.optimizer, options.gradient_clip)
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         self.ema.update(model, step)
@@ -357,9 +362,9 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     with RunFolder(options) as folder:
-        run_ = Run(options, folder)
-        run_.train()
-        if run_.reporter.finish():
+        training_run = Run(options, folder)
+        training_run.train()
+        if training_run.reporter.finish():
             print(f"Wrote {folder.path / 'clip'}; use it with --text_encoder {folder.path / 'clip'}")
 
 

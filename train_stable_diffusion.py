@@ -13,16 +13,16 @@ Letters in the shape comments:
     N  images in the batch    n  those of one process    h, w  size of the latents    L  text tokens    D  text width
 """
 
-from training.options import answer_help, parse_options
+from training.options import answer_early, parse_options
 from training.presets import PARTS, PRESETS, WITHOUT_HUB
 from training.presets import UNetOptions as Options
 
 if __name__ == "__main__":
-    answer_help(Options, PRESETS, "pokemon")  # before the imports below, which take seconds
+    answer_early(Options, PRESETS, "pokemon")  # before the imports below, which take seconds
 
 import contextlib
 import math
-import sys
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,15 +43,15 @@ from training.reproducible import (
     EMA,
     Processes,
     batch_indices,
+    clip_and_step,
     decay_groups,
-    descend,
     generator_for,
     join_processes,
     learning_rate_at,
     resolve_precision,
     was_restarted,
 )
-from training.run_folder import RunFolder, checkpoints_in, load_common_checkpoint, whole
+from training.run_folder import RunFolder, atomically, checkpoints_in, load_common_checkpoint
 from training.script import UserError, run, user_errors
 from vae_model import DiagonalGaussian
 
@@ -185,7 +185,7 @@ def train_step(
                 loss = diffusion_loss(unet, schedule, part, options.min_snr_gamma or None).mean() / parts
             loss.backward()
         total += loss.detach()
-    return total, descend(optimizer, options.gradient_clip)
+    return total, clip_and_step(optimizer, options.gradient_clip)
 
 
 def without_synchronisation(unet: nn.Module) -> contextlib.AbstractContextManager:
@@ -240,7 +240,7 @@ class Run:
             images, model.vae, model.text_encoder, options.resolution, processes, self.precision, options.on_bad_image
         )
         self.chosen, self.held_out = split_images(len(self.data), options.validation_share, options.seed, device)
-        if not options.pretrained:  # a pretrained U-Net goes on from the start it knows
+        if not options.pretrained:  # a pretrained model keeps its own starting mean
             model.scheduler_config[LATENTS_MEAN] = self.data.mean(model.vae)
         for frozen in (model.vae, model.text_encoder.model):
             frozen.to("cpu")  # idle until the next preview
@@ -273,7 +273,7 @@ class Run:
                 undone = ["validation_loss"] if "validation" in state["undone"] else []
                 folder.resume(options, state["step"], self.COLUMNS, undone)
             self.reporter.start_wandb("stable-diffusion-from-scratch")
-            print(self.summary(), file=sys.stderr)
+            print(self.summary(), flush=True)
 
     def train(self) -> None:
         options, reporter = self.options, self.reporter
@@ -309,7 +309,7 @@ class Run:
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """The U-Net that is judged, on the device and under autocast; then back to where its average is kept."""
+        """Moves the averaged U-Net to the device, in eval mode and under autocast, and back afterwards."""
         unet, home, was_training = self.model.unet, self.model.device, self.model.unet.training
         unet.to(self.device).eval()
         try:
@@ -336,13 +336,13 @@ class Run:
                     progress=False,
                     callback=lambda *_: self.reporter.check_stop(),
                 )
-        except (torch.OutOfMemoryError, FloatingPointError) as error:  # a preview is never worth a run
+        except (torch.OutOfMemoryError, FloatingPointError) as error:  # a failed preview must not end the run
             self.reporter.say(f"step {step}: no preview ({str(error).splitlines()[0]})")
             return
         finally:
             model.vae.to("cpu")
         file = folder.path / "samples" / f"step_{step:06d}.png"
-        with whole(file) as temporary:
+        with atomically(file) as temporary:
             save_png(image_sheet(images, columns=4), temporary)
         folder.write_text("samples/prompts.txt", "\n".join(prompts) + "\n")
         self.reporter.log_image("samples", file)
@@ -389,7 +389,10 @@ class Run:
         print(f"\nDone: {', '.join(str(path / name) for name in made)}")
         if self.device.type == "cuda":
             print(f"Peak GPU memory: {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
-        print(f'Sample from it: python sample_stable_diffusion.py "PROMPT" --model {path / "model"}')
+        side = str(self.options.resolution)
+        command = ["python", str(Path(__file__).with_name("sample_stable_diffusion.py")), "PROMPT"]
+        command += ["--model", str(path / "model"), "--height", side, "--width", side]
+        print("Sample from it:", shlex.join([*command, "--guidance_scale", f"{self.options.preview_guidance:g}"]))
 
 
 def main(argv: list[str]) -> None:
@@ -406,9 +409,9 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     with RunFolder(options) if processes.is_main else contextlib.nullcontext() as folder:
-        run_ = Run(options, processes, folder)
-        run_.train()
-        run_.finish()
+        training_run = Run(options, processes, folder)
+        training_run.train()
+        training_run.finish()
 
 
 if __name__ == "__main__":

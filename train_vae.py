@@ -10,11 +10,11 @@ writes `vae_model.pth` (averaged weights, with the measured scaling factor insid
 metrics.csv, loss.png and sheets of reconstructions. All options are in `training/presets.py`.
 """
 
-from training.options import answer_help, parse_options
+from training.options import answer_early, parse_options
 from training.presets import VAEOptions as Options
 
 if __name__ == "__main__":
-    answer_help(Options)  # before the imports below, which take seconds
+    answer_early(Options)  # before the imports below, which take seconds
 
 import contextlib
 import json
@@ -35,12 +35,12 @@ from training.reproducible import (
     EMA,
     Processes,
     batch_indices,
-    descend,
+    clip_and_step,
     generator_for,
     learning_rate_at,
     resolve_precision,
 )
-from training.run_folder import RunFolder, load_checkpoint, whole
+from training.run_folder import RunFolder, atomically, load_checkpoint
 from training.script import UserError, run, user_errors
 from vae_model import VAE, VAEConfig
 
@@ -114,7 +114,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def reconstruction_loss(reconstruct: nn.Module, images: Tensor, options: Options) -> dict[str, Tensor]:
-    """The terms of the negative evidence bound and the images: images (N, 3, H, W) → loss, l1, kl, made."""
+    """Images (N, 3, H, W) → a dict: the total loss, L1, KL, and the reconstruction `made`."""
     made, kl = reconstruct(images)
     l1, l2 = (made - images).abs().mean(), (made - images).square().mean()
     kl = kl.sum() / images.numel()  # per pixel value, so that the weight means the same at every size
@@ -136,9 +136,9 @@ class Reconstruct(nn.Module):
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """How much of the adversarial gradient equals the other one at the decoder's last layer (Esser 2021, Eq. 7)."""
-    ours = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
-    theirs = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
-    return (ours / (theirs + 1e-4)).clamp(0, 1e4).detach()
+    reconstruction_gradient = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
+    adversarial_gradient = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
+    return (reconstruction_gradient / (adversarial_gradient + 1e-4)).clamp(0, 1e4).detach()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class ImageSets:
         crops = self.crops(torch.cat(parts), generator_for(self.device, seed, "crops", step))
         return crops.contiguous(memory_format=torch.channels_last)
 
-    def some(self) -> Tensor:
+    def scaling_sample(self) -> Tensor:
         """Up to 128 training images of each source, uint8, always the same."""
         chosen = [rows[batch_indices(len(rows), min(128, len(rows)), 0, 0, self.device)] for rows in self.rows]
         return self.images[torch.cat(chosen)]
@@ -257,14 +257,14 @@ class Run:
             weight = adaptive_weight(loss, fooled, self.vae.decoder.conv_out.weight)
             loss = loss + options.discriminator_weight * weight * fooled
         loss.backward()
-        norm = descend(self.optimizer, options.gradient_clip)
+        norm = clip_and_step(self.optimizer, options.gradient_clip)
         self.average.update(self.vae, step)
         if adversarial:
             self.critic.zero_grad(set_to_none=True)  # of the gradients that came through it to the VAE
             with self.autocast():
                 critic_loss = self.discriminator.loss(real, terms["made"].detach()).float()
             critic_loss.backward()
-            descend(self.critic, options.gradient_clip)
+            clip_and_step(self.critic, options.gradient_clip)
         return {name: terms[name] for name in ("loss", "l1", "kl")} | {"gradient_norm": norm}
 
     def train(self) -> None:
@@ -300,7 +300,7 @@ class Run:
             self.reporter.say(f"step {step}: {source}: held-out PSNR {score['psnr']:.2f} dB, SSIM {score['ssim']:.4f}")
         self.folder.write_text("scores.json", json.dumps({"step": step, "held_out": scores}, indent=2) + "\n")
         file = self.folder.path / "samples" / f"step_{step:06d}.png"
-        with whole(file) as temporary:
+        with atomically(file) as temporary:
             save_png(reconstruction_sheet(self.ema, torch.cat([i[:4] for i in held_out.values()])), temporary)
         self.reporter.log_image("reconstructions", file)
         return {name: float(np.mean([score[name] for score in scores.values()])) for name in ("psnr", "ssim")}
@@ -311,8 +311,8 @@ class Run:
         state = self.reporter.state() | {name: getattr(self, name).state_dict() for name in self.PARTS}
         folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
         generator = generator_for(self.device, self.options.seed, "scaling")
-        self.ema.config.scaling_factor = measure_scaling_factor(self.ema, self.sets.some(), generator)
-        with whole(folder.path / "vae_model.pth") as temporary:
+        self.ema.config.scaling_factor = measure_scaling_factor(self.ema, self.sets.scaling_sample(), generator)
+        with atomically(folder.path / "vae_model.pth") as temporary:
             self.ema.save(temporary)
         folder.plot({"psnr": "held-out PSNR (dB)"}, "PSNR (dB)", "psnr.png")
         folder.plot({"loss": "training loss"}, "loss", log_scale=True)
@@ -324,9 +324,9 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     with RunFolder(options) as folder:
-        run_ = Run(options, folder)
-        run_.train()
-        if run_.reporter.finish():
+        training_run = Run(options, folder)
+        training_run.train()
+        if training_run.reporter.finish():
             print(f"Wrote {folder.path / 'vae_model.pth'}; use it with --vae {folder.path / 'vae_model.pth'}")
 
 

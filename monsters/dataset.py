@@ -65,7 +65,7 @@ def caption(index: int) -> str:
 # Many monsters
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_COUNT = 64
+DEFAULT_COUNT = 2000
 CHUNK = 4  # monsters that a worker draws at a time: few, since an interrupted run waits for them
 
 # the modules of this package that decide what is drawn and said

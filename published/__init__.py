@@ -3,7 +3,7 @@
 `weight_files` finds and reads files without trusting them; `diffusers_layout` translates configs; `ldm_layout` is the
 table of names of the original single-file layout, `ldm_checkpoint` a file in it; `whole_models` puts them together.
 
-    python -m published stabilityai/sd-vae-ft-mse vae_model.pth     # a published VAE as our own file
+    python -m published stabilityai/sd-vae-ft-mse sd_vae.pth     # a published VAE as our own file
 """
 
 from published.diffusers_layout import noise_schedule, schedule_dict, unet_config, unet_dict, vae_config, vae_dict

@@ -56,6 +56,8 @@ def test_arrows_point_from_the_story_to_the_rooms() -> None:
             assert not rooms & {"training", "monsters", "pokemon_dataset", "stable_diffusion_model"}, name
         if room(name) == "monsters":
             assert rooms == {"monsters"} or not rooms, name
+        if room(name) == "training":
+            assert not rooms & {"pokemon_dataset", "monsters"}, name
         if name in ("sampling_request", "stable_diffusion_model"):
             assert not rooms & {"training", "monsters", "pokemon_dataset"}, name
 

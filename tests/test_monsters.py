@@ -325,7 +325,7 @@ def test_every_word_of_the_grammar_occurs_and_no_other():
 
 
 def test_the_data_set_name_is_parsed():
-    assert monsters.parse_spec("monsters") == 64
+    assert monsters.parse_spec("monsters") == 2000
     assert monsters.parse_spec("monsters:2000") == 2000
 
 

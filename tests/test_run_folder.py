@@ -13,7 +13,7 @@ from tests.children import start
 from tests.tiny import folder_at
 from training import run_folder
 from training.presets import UNetOptions
-from training.run_folder import DivergedError, RunFolder, environment, load_checkpoint, whole
+from training.run_folder import DivergedError, RunFolder, atomically, environment, load_checkpoint
 from training.script import UserError
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path: Path) ->
     room.mkdir()
     (room / "inside").write_text("old")
     for path in (file, room / "inside", room):
-        with pytest.raises(RuntimeError), whole(path) as temporary:
+        with pytest.raises(RuntimeError), atomically(path) as temporary:
             if path == room:
                 temporary.mkdir()
             else:
@@ -55,7 +55,7 @@ def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path: Path) ->
             raise RuntimeError
     assert file.read_text() == (room / "inside").read_text() == "old"
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "inside", "room"]
-    with whole(room) as temporary:
+    with atomically(room) as temporary:
         temporary.mkdir()
         (temporary / "other").write_text("new")
     assert [p.name for p in room.iterdir()] == ["other"]
@@ -66,7 +66,7 @@ def test_content_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeyp
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to))[1])
-    with whole(tmp_path / "file") as temporary:
+    with atomically(tmp_path / "file") as temporary:
         temporary.write_text("content")
     assert events == [str(tmp_path / ".file.tmp"), "rename", str(tmp_path)]
 

@@ -26,8 +26,8 @@ from training.reproducible import (
     EMA,
     Processes,
     batch_indices,
+    clip_and_step,
     decay_groups,
-    descend,
     generator_for,
     learning_rate_at,
 )
@@ -266,16 +266,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     module = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(decay_groups(module, 0.1), lr=0.1, fused=True)
     module(torch.randn(4, 3)).square().sum().backward()
-    assert descend(optimizer, 1.0).isfinite()
+    assert clip_and_step(optimizer, 1.0).isfinite()
     before = [p.clone() for p in module.parameters()]
     moments = [t.clone() for state in optimizer.state.values() for t in state.values()]
     (module(torch.randn(4, 3)).sum() * float("nan")).backward()
-    assert not descend(optimizer, 1.0).isfinite()
+    assert not clip_and_step(optimizer, 1.0).isfinite()
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     after = [t for state in optimizer.state.values() for t in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
     module(torch.randn(4, 3)).square().sum().backward()
-    descend(optimizer, 1.0)
+    clip_and_step(optimizer, 1.0)
     assert not torch.equal(before[0], module.weight)
 
 
@@ -285,7 +285,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for_and_0_switches_it_off() -> 
         optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
         before = module.weight.item()
         (module.weight * 20).sum().backward()
-        assert descend(optimizer, max_norm).item() == pytest.approx(20)
+        assert clip_and_step(optimizer, max_norm).item() == pytest.approx(20)
         assert abs(module.weight.item() - before) == pytest.approx(expected, rel=1e-4)
 
 

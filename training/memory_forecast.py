@@ -1,4 +1,4 @@
-"""How much memory training will take, told before it starts: what stays, and a rehearsal of one step.
+"""Estimates, before training starts, how much memory it will take: what stays, and a rehearsal of one step.
 
 What stays (weights, the optimizer's two moments, the average, the latents) is counted. What comes and goes (gradients,
 activations, autocast's copies in low precision) overlaps in ways no formula gets right, with gradient checkpointing
@@ -64,8 +64,8 @@ def rehearse_step(
 ) -> int:
     """Most bytes that gradients, activations and low-precision copies take together at one moment of a training step.
 
-    `latents`: images in a micro-batch, height and width of their latents; `length`: text positions. `accumulates`:
-    there is more than one micro-batch, so the gradients of the first are there when the second begins.
+    `latents`: (images in a micro-batch, h, w); `length`: text tokens; `accumulates`: there are several micro-batches, so
+    the gradients of the first are there when the second begins.
     """
     with FakeTensorMode(), torch.device(device_type):
         unet = UNet(config)

@@ -8,13 +8,12 @@ The parser is transformers' `HfArgumentParser`. Nothing here imports torch, so t
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.script import UserError
+from training.script import UserError, run
 
 Options = TypeVar("Options")
 
@@ -76,15 +75,12 @@ METAVARS = {"int": "N", "float": "X", "str": "NAME", "string_to_bool": "yes|no"}
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def answer_help(cls: type, presets: dict[str, dict] | None = None, default_preset: str | None = None) -> None:
-    """Prints --help and ends the program, if that is what the command line asks for.
+def answer_early(cls: type, presets: dict[str, dict] | None = None, default_preset: str | None = None) -> None:
+    """Ends the program if the command line asks for --help or holds a wrong option; else does nothing.
 
     Called by a script before its heavy imports, so that the answer does not wait for them.
     """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        from training.script import run
-
-        run(lambda argv: parse_options(cls, argv, presets, default_preset))
+    run(lambda argv: parse_options(cls, argv, presets, default_preset))
 
 
 def parse_options(
@@ -132,12 +128,23 @@ def parse_options(
     return options
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each line of --help, where there is one and the line does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_off = action.default is None or action.default is False or action.default == []
+        says_nothing = is_off or "default: " in (action.help or "")
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def build_parser(cls: type) -> argparse.ArgumentParser:
     """`HfArgumentParser` for one dataclass, with each option spelled once in --help, in the groups of the fields."""
     from transformers import HfArgumentParser  # imported when used: it takes most of a second
 
     bare = [(f.name, f.type, _with_help_only(f)) for f in fields(cls)]  # it hands all metadata to argparse
-    parser = HfArgumentParser(make_dataclass(cls.__name__, bare), allow_abbrev=False, description=cls.__doc__)
+    parser = HfArgumentParser(
+        make_dataclass(cls.__name__, bare), allow_abbrev=False, description=cls.__doc__, formatter_class=HelpFormatter
+    )
     parser.usage = "%(prog)s [--config FILE] [options]"
     groups, group = {}, None
     for f in fields(cls):
@@ -147,6 +154,8 @@ def build_parser(cls: type) -> argparse.ArgumentParser:
     for action in list(parser._actions):
         if len(action.option_strings) > 1 and action.dest != "help":
             action.option_strings = action.option_strings[:1]  # --batch-size is still understood
+        if action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS  # the opposite of a switch, which is understood, too
         if action.nargs != 0:
             action.metavar = METAVARS.get(getattr(action.type, "__name__", ""), "NAME")
         if groups.get(action.dest) is not None:

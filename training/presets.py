@@ -34,8 +34,8 @@ class UNetOptions:
     pretrained: str | None = option(None, "start from this whole model: folder, hub id or single file", fixed=True)
     output_dir: str = option("stable_diffusion_results/pokemon", "the run folder")
     resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
-    overwrite: bool = option(False, "start anew in a folder that holds a run or a model, which are lost")
-    seed: int = option(0, "of everything random", fixed=True, at_least=0)
+    overwrite: bool = option(False, "delete the run in --output_dir and start again")
+    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0)
 
     block_out_channels: list[int] = option([128, 256, 384, 512], "channels, one value per resolution, finest first", fixed=True, at_least=1, group="the U-Net, if it starts from scratch")
     attention_levels: list[int] = option([0, 1, 1, 1], "1 where the level attends to the text", fixed=True, at_least=0, at_most=1)
@@ -51,7 +51,7 @@ class UNetOptions:
 
     max_steps: int = option(15_000, "training steps in all", at_least=1, group="optimisation")
     batch_size: int = option(32, "images per step, over all processes and accumulation", fixed=True, at_least=1)
-    gradient_accumulation: int = option(1, "parts in which a process works through its share of a step", at_least=1)
+    gradient_accumulation: int = option(1, "micro-batches into which each process splits its share of a batch; more need less memory", at_least=1)
     learning_rate: float = option(2e-4, "at its peak, after the warm-up; then a cosine down to 0", above=0)
     warmup_steps: int = option(500, "steps of linear warm-up; 0 = off", at_least=0)
     weight_decay: float = option(0.01, "of AdamW, on matrices and filters, not on gains and biases; 0 = off", at_least=0)
@@ -67,7 +67,7 @@ class UNetOptions:
     validate_every: int = option(500, "steps between validation losses, and at the end; 0 = off", at_least=0)
     preview_every: int = option(1000, "steps between sheets of samples, and at the end; 0 = off", at_least=0)
     checkpoint_every: int = option(1000, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
-    keep_checkpoints: int = option(2, "the last so many are kept, and the best by validation", at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best one always is", at_least=1)
     preview_prompts: list[str] = option([], "prompts of the previews; default: captions of the data set")
     preview_steps: int = option(25, "sampling steps of the previews", at_least=1, at_most=1000)
     preview_guidance: float = option(3.0, "guidance scale of the previews; 1 = off")
@@ -120,8 +120,8 @@ _PUBLISHED = {"vae": "stabilityai/sd-vae-ft-mse", "text_encoder": "openai/clip-v
 PARTS = {"monsters": _SHIPPED, "pokemon": _PUBLISHED, "finetune": _PUBLISHED}  # where no --pretrained brings them
 
 WITHOUT_HUB = (
-    "; or take what ships: --vae vae_model.pth --text_encoder stable_diffusion_results/clip, or --pretrained "
-    "stable_diffusion_results/monsters/model."
+    f"; or take what ships: --vae {_SHIPPED['vae']} --text_encoder {_SHIPPED['text_encoder']}, or go on from a whole model: "
+    f"--pretrained {_HERE / 'stable_diffusion_results' / 'monsters' / 'model'}."
 )
 
 
@@ -140,8 +140,8 @@ class VAEOptions:
     pretrained: str | None = option(None, "start from this VAE: file, folder or hub id", fixed=True, group="what it starts from")
     output_dir: str = option("stable_diffusion_results/my_vae", "the run folder")
     resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
-    overwrite: bool = option(False, "start anew in a folder that holds a run or a model, which are lost")
-    seed: int = option(0, "of everything random", fixed=True, at_least=0)
+    overwrite: bool = option(False, "delete the run in --output_dir and start again")
+    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0)
     block_out_channels: list[int] = option([32, 64, 128, 128], "channels, one value per resolution, finest first", fixed=True, at_least=1)
     layers_per_block: int = option(2, "residual blocks per level", fixed=True, at_least=1)
     norm_num_groups: int = option(8, "groups of the group norms", fixed=True, at_least=1)
@@ -150,7 +150,7 @@ class VAEOptions:
     l2_weight: float = option(20.0, "of the mean squared error, which is what PSNR measures; 0 = off", fixed=True, at_least=0)
     kl_weight: float = option(1e-6, "of the KL, per pixel value as in LDM; 0 = off", fixed=True, at_least=0)
     discriminator_start: int = option(-1, "step at which it joins in; -1 = never", fixed=True, at_least=-1)
-    discriminator_weight: float = option(0.5, "times the adaptive weight", fixed=True, at_least=0)
+    discriminator_weight: float = option(0.5, "factor on the adversarial loss, besides its adaptive weight", fixed=True, at_least=0)
 
     max_steps: int = option(4000, "training steps in all", at_least=1, group="optimisation")
     batch_size: int = option(32, "crops per step", fixed=True, at_least=1)
@@ -165,7 +165,7 @@ class VAEOptions:
     log_every: int = option(20, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
     validate_every: int = option(500, "steps between measurements, and at the end; 0 = off", at_least=0)
     checkpoint_every: int = option(1000, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
-    keep_checkpoints: int = option(2, "the last so many are kept, and the best by validation", at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best one always is", at_least=1)
     wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
     # fmt: on
 
@@ -179,15 +179,15 @@ class CLIPOptions:
     on_bad_image: str = option("error", "error or skip: what to do about files that cannot be read", fixed=True, choices=("error", "skip"))
     validation_images: int = option(100, "held out, of each data set", fixed=True, at_least=1)
     mirror: bool = option(True, "mirror half of the images; not if captions say left", fixed=True)
-    fresh_monsters: int = option(16, "drawn anew for each step, of those it sees", fixed=True, at_least=1)
-    pool: int = option(16_384, "fresh monsters are kept until there are this many", fixed=True, at_least=1)
+    fresh_monsters: int = option(16, "new monsters drawn for each step; the rest of the batch is drawn from --pool", fixed=True, at_least=1)
+    pool: int = option(16_384, "how many of the newest monsters are kept to draw batches from", fixed=True, at_least=1)
     workers: int = option(-1, "processes that draw; -1 = one less than there are cores", at_least=-1)
 
     pretrained: str | None = option(None, "start from this CLIP, tokenizer and shape included: a folder or hub id", fixed=True, group="what it starts from")
     output_dir: str = option("stable_diffusion_results/my_clip", "the run folder")
     resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
-    overwrite: bool = option(False, "start anew in a folder that holds a run or a model, which are lost")
-    seed: int = option(0, "of everything random", fixed=True, at_least=0)
+    overwrite: bool = option(False, "delete the run in --output_dir and start again")
+    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0)
     image_size: int = option(96, "pixels a side, divisible by --patch_size", fixed=True, at_least=8)
     patch_size: int = option(8, "pixels a side of what the vision transformer reads as one token", fixed=True, at_least=1)
     vision_width: int = option(192, "width of the vision transformer", fixed=True, at_least=1)
@@ -199,7 +199,7 @@ class CLIPOptions:
     vocabulary_size: int = option(1536, "tokens at most; 514 of them are bytes and marks", fixed=True, at_least=514)
 
     max_steps: int = option(8000, "training steps in all", at_least=1, group="optimisation")
-    batch_size: int = option(512, "more is better here: each step tells that many apart", fixed=True, at_least=2)
+    batch_size: int = option(512, "images per step; larger is better, since each image is compared with all captions", fixed=True, at_least=2)
     learning_rate: float = option(1e-3, "at its peak; warmed up, then a cosine to 1 %", above=0)
     warmup_steps: int = option(200, "steps of linear warm-up; 0 = off", at_least=0)
     weight_decay: float = option(0.1, "of AdamW, on matrices and filters, not on gains and biases; 0 = off", at_least=0)
@@ -211,7 +211,7 @@ class CLIPOptions:
     log_every: int = option(25, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
     validate_every: int = option(250, "steps between measurements, and at the end; 0 = off", at_least=0)
     checkpoint_every: int = option(500, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
-    keep_checkpoints: int = option(2, "the last so many are kept, and the best by validation", at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best one always is", at_least=1)
     wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
     # fmt: on
 
@@ -221,7 +221,7 @@ class EvaluationOptions:
     """Measure a model: does it follow its prompts, does it copy, what does its VAE allow?"""
 
     # fmt: off
-    model: str = option("stable_diffusion_results/monsters/model", "the model: folder, hub id or single file", group="what is measured")
+    model: str = option(str(_HERE / "stable_diffusion_results" / "monsters" / "model"), "the model: folder, hub id or single file", group="what is measured")
     dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
     num_samples: int = option(100, "images to sample", at_least=1)
     seed: int = option(0, "of the first image; the others count on", at_least=0)

@@ -1,4 +1,4 @@
-"""The clock of a training loop: counts the steps, hears stops, checks the numbers, and says what is due.
+"""The bookkeeping of a training loop: steps, stop signals, the finite check, metrics, and what is due when.
 
 A loop reads
 
@@ -106,8 +106,8 @@ class Reporter:
     def record(self, learning_rate: float, **values: Tensor) -> None:
         """Ends a step: `values` are scalars on the device, `loss` and `gradient_norm` among them.
 
-        A step whose gradient norm is not finite was skipped by the optimizer (`descend`); it is counted, and where no
-        step of an interval was finite, `DivergedError` ends the run.
+        A step whose gradient norm is not finite was skipped by the optimizer (`clip_and_step`); it is counted, and where
+        no step of an interval was finite, `DivergedError` ends the run.
         """
         self.rate = learning_rate
         self.recent.append({name: value.detach().float() for name, value in values.items()})
@@ -197,7 +197,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """A line on the screen, above the bar; from the first process alone."""
         if self.processes.is_main:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text, file=sys.stdout)
 
     def _show(self, loss: float, speed: float, skipped: int) -> None:
         if not self.processes.is_main:
@@ -205,9 +205,9 @@ class Reporter:
         self.folder.log_speed(self.step, speed)
         if skipped:
             self.say(f"step {self.step}: {skipped} steps skipped, whose gradients were not finite")
-        if self.is_terminal and self.bar is not None:
+        if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s")
-        else:
+        if not (self.is_terminal and sys.stdout.isatty()):
             print(f"step {self.step}/{self.options.max_steps}: loss {loss:.4f}, {speed:.1f} images/s", flush=True)
 
     def _time_from_here(self) -> None:
@@ -273,7 +273,7 @@ class Reporter:
         try:
             logged_in = wandb.login(prompt=False)
         except Exception as error:  # no network, a wrong key
-            print(f"W&B: no login ({_first_line(error)}).", file=sys.stderr)
+            print(f"W&B: no login ({_first_line(error)}).")
             logged_in = False
         if mode == "online" and not logged_in:
             raise UserError("--wandb online: you are not logged in; run `wandb login`, or pass --wandb offline or off.")
@@ -298,11 +298,10 @@ class Reporter:
             except Exception as error:
                 print(
                     f"W&B: could not start {attempt} ({_first_line(error)}); metrics.csv has everything.",
-                    file=sys.stderr,
                 )
 
     def _wandb(self, use: Any) -> None:
-        """Lets `use` talk to W&B; the first failure is said, and W&B left alone from then on."""
+        """Calls `use` with the W&B run; after its first error, which is reported, W&B is left out."""
         if self.wandb is None:
             return
         try:

@@ -210,8 +210,8 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def descend(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Clips the gradients to `max_norm` (0 = off), steps and forgets them; returns their norm before, on the device.
+def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Clips the gradients to `max_norm` (0 = off), steps, clears them; returns their norm before clipping, a 0-d tensor.
 
     A gradient that is not finite changes nothing: a fused optimizer skips its step where `found_inf` says so, which is
     decided on the device, so that the host need not wait for it.

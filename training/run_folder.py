@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.csv, loss.png, samples/, model/ and checkpoints/, each whole or not there.
+"""The folder of a run: config.json, metrics.csv, loss.png, samples/, model/, checkpoints/, each complete or not there.
 
 Everything is written under a temporary name beside its place, flushed to the disk, and renamed: a kill, a full disk or
 a power cut at any moment leaves the file that was there before. Checkpoints are zip files, whose checksums are verified
@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from training.reproducible import Processes
 from training.script import UserError
 
-PRODUCTS = ("model", "clip", "vae_model.pth", "training_state.pt")  # what a run leaves; never overwritten unasked
+# What a run leaves, which is never overwritten unasked; earlier versions wrote training_state.pt.
+PRODUCTS = ("model", "clip", "vae_model.pth", "training_state.pt")
 
 
 class DivergedError(UserError, FloatingPointError):
@@ -37,12 +38,12 @@ class DivergedError(UserError, FloatingPointError):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files that are whole or not there
+# Files that are written completely or not at all
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomically(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write to; after the block the file or folder is on the disk and takes its own name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
@@ -200,12 +201,12 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file as UTF-8, whole or not at all."""
-        with whole(self.path / name) as temporary:
+        with atomically(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
         """Lets `write` fill a temporary folder, then puts it in the place of `name`."""
-        with whole(self.path / name) as temporary:
+        with atomically(self.path / name) as temporary:
             temporary.mkdir()
             write(temporary)
 
@@ -263,7 +264,7 @@ class RunFolder:
         if log_scale:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-        with whole(self.path / file) as temporary:
+        with atomically(self.path / file) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ class RunFolder:
             )
         path = self.path / "checkpoints" / f"step_{state['step']:08d}.pt"
         needed, free = sum(t.nbytes for t in tensors), shutil.disk_usage(self.path).free
-        with whole(path) as temporary:
+        with atomically(path) as temporary:
             if needed > free:
                 raise UserError(
                     f"{path}: a checkpoint takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; "
@@ -297,7 +298,7 @@ class RunFolder:
                 raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
         _flush(self.path / "metrics.csv")  # its rows up to here belong to this checkpoint
         if is_best:
-            with whole(path.with_name("best.pt")) as temporary:
+            with atomically(path.with_name("best.pt")) as temporary:
                 try:
                     os.link(path, temporary)  # a second name: no copy
                 except OSError:

@@ -1,4 +1,4 @@
-"""How a script starts, stops and fails: what the user can mend is one sentence, what is our fault keeps its traceback.
+"""How a script starts, stops and fails: what the user can mend is one sentence, bugs keep their traceback.
 
 Imports nothing heavy, so that `--help` is there at once.
 """
@@ -11,6 +11,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+if not sys.stderr.isatty():  # a file gets plain lines; these libraries look when they are imported
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 class UserError(ValueError):
