@@ -262,10 +262,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that turns a text into ids: vocabulary, merges, normalisation, and the ids that frame a text."""
     content: dict = {"ids": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]}
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        content |= json.loads(backend.to_str()) | {
-            "truncation": None,
-            "padding": None,
-        }  # these are left by the last call
+        left_by_the_last_call = {"truncation": None, "padding": None}
+        content |= json.loads(backend.to_str()) | left_by_the_last_call
     else:
         content |= {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
