@@ -1,162 +1,22 @@
-"""The text-conditioned U-Net of latent diffusion, and the noise schedule it is trained to reverse.
+"""The text-conditioned U-Net of latent diffusion: noisy latents, a timestep and a text in, the noise (or v) out.
 
-Papers: DDPM (Ho et al. 2020, arXiv:2006.11239), latent diffusion (Rombach et al. 2022, arXiv:2112.10752), min-SNR
-(Hang et al. 2023, arXiv:2303.09556), v-prediction (Salimans & Ho 2022, arXiv:2202.00512), zero-terminal SNR
-(Lin et al. 2024, arXiv:2305.08891).
+Papers: latent diffusion (Rombach et al. 2022, arXiv:2112.10752), DDPM (Ho et al. 2020, arXiv:2006.11239).
 
-The file reads from leaf to root: the schedule (the maths, no network), then embedding, blocks, transformer, U-Net.
+The file reads from leaf to root: time embedding → residual block → attention → spatial transformer → `UNet`.
 Parameter names and layouts are those of diffusers' `UNet2DConditionModel`, so weights travel both ways unchanged.
 
 Letters in the shape comments:
-    N  pictures in the batch        C  channels of a feature map     h, w  height and width of a feature map
-    L  text tokens (77 for CLIP)    D  width of the text encoding    T     number of diffusion timesteps (1000)
+    N  images in the batch          C  channels of a feature map     h, w  height and width of a feature map
+    L  text tokens (77 for CLIP)    D  width of the text encoding    E     width of the time embedding (4C)
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The noise schedule
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class NoiseSchedule:
-    """How much noise each timestep carries, and every conversion between x_0, noise, v and x_t.
-
-    With ᾱ_t = ∏(1 - β_s), a picture at timestep t is x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε (DDPM, Equation 4).
-    The defaults are Stable Diffusion's. Tensors are (N, ...), timesteps `t` are integer tensors (N,) in [0, T).
-    """
-
-    num_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    schedule: str = (
-        "scaled_linear"  # "linear" (DDPM), "scaled_linear" (LDM: linear in √β), "squaredcos_cap_v2" (cosine)
-    )
-    prediction_type: str = "epsilon"  # what the U-Net predicts: "epsilon" or "v_prediction"
-    zero_terminal_snr: bool = False  # make x_{T-1} pure noise (Lin et al. 2024); needs v-prediction
-
-    betas: Tensor = field(init=False, repr=False, compare=False)  # (T,)
-    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)  # (T,), ᾱ_t
-
-    def __post_init__(self) -> None:
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', not {self.prediction_type!r}.")
-        if self.zero_terminal_snr and self.prediction_type == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction_type='v_prediction': ε says nothing about pure noise.")
-        self.betas = self._make_betas()
-        if self.zero_terminal_snr:
-            self.betas = _rescale_to_zero_terminal_snr(self.betas)
-        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
-
-    def _make_betas(self) -> Tensor:
-        T, first, last = self.num_timesteps, self.beta_start, self.beta_end
-        if self.schedule == "linear":
-            return torch.linspace(first, last, T, dtype=torch.float32)
-        if self.schedule == "scaled_linear":
-            return torch.linspace(first**0.5, last**0.5, T, dtype=torch.float32) ** 2
-        if self.schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, Equation 17; β capped at 0.999
-
-            def alpha_bar(s: float) -> float:
-                return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
-
-            betas = [min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)]
-            return torch.tensor(betas, dtype=torch.float32)
-        raise ValueError(f"schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', not {self.schedule!r}.")
-
-    def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """Moves the tables to `device`, so that training steps index them without waiting for a copy."""
-        self.betas, self.alphas_cumprod = self.betas.to(device), self.alphas_cumprod.to(device)
-        return self
-
-    def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1-ᾱ_t), shaped (N, 1, ..., 1) to multiply a tensor like `like`."""
-        alpha_bar = self.alphas_cumprod.to(like.device)[t.to(like.device)]
-        alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
-        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t from x_0 and ε (DDPM, Equation 4)."""
-        signal, sigma = self._signal_and_noise(t, x0)
-        return signal * x0 + sigma * noise
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the U-Net should say at x_t: ε, or v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022, Section 4)."""
-        if self.prediction_type == "epsilon":
-            return noise
-        signal, sigma = self._signal_and_noise(t, x0)
-        return signal * noise - sigma * x0
-
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean picture that a prediction at x_t implies (DDPM, Equation 15; v: Salimans & Ho, Appendix D)."""
-        signal, sigma = self._signal_and_noise(t, x_t)
-        if self.prediction_type == "epsilon":
-            return (x_t - sigma * prediction) / signal
-        return signal * x_t - sigma * prediction
-
-    def to_epsilon(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction at x_t implies."""
-        if self.prediction_type == "epsilon":
-            return prediction
-        signal, sigma = self._signal_and_noise(t, x_t)
-        return signal * prediction + sigma * x_t
-
-    def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), (N,); 0 at the last step of a zero-terminal-SNR schedule."""
-        alpha_bar = self.alphas_cumprod.to(t.device)[t]
-        return alpha_bar / (1 - alpha_bar)
-
-    def loss_weight(self, t: Tensor, gamma: float | None) -> Tensor:
-        """Weight of each picture's squared error, (N,): min-SNR-γ (Hang et al. 2023, Section 3.4); None weighs all 1.
-
-        In x_0-space the weight is min(SNR, γ). An ε-error is an x_0-error times √SNR, a v-error one times √(SNR+1),
-        so the weight is divided by that, which also keeps it finite at zero SNR for v-prediction.
-        """
-        if gamma is None:
-            return torch.ones(t.shape, device=t.device)
-        snr = self.snr(t)
-        return snr.clamp(max=gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
-
-    @classmethod
-    def from_diffusers(cls, config: dict) -> "NoiseSchedule":
-        """The schedule in a `scheduler_config.json`; options of single samplers are left to the samplers."""
-        if config.get("trained_betas") is not None:
-            raise ValueError("scheduler_config.json: the option 'trained_betas' is not supported.")
-        return cls(
-            num_timesteps=config.get("num_train_timesteps", 1000),
-            beta_start=config.get("beta_start", 0.0001),  # what diffusers takes where its config is silent
-            beta_end=config.get("beta_end", 0.02),
-            schedule=config.get("beta_schedule", "linear"),
-            prediction_type=config.get("prediction_type", "epsilon"),
-            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
-        )
-
-    def to_diffusers(self) -> dict:
-        """The options that a `scheduler_config.json` holds of this schedule."""
-        return {
-            "num_train_timesteps": self.num_timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "beta_schedule": self.schedule,
-            "prediction_type": self.prediction_type,
-            "rescale_betas_zero_snr": self.zero_terminal_snr,
-        }
-
-
-def _rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shifts and scales √ᾱ so that the last value is 0 and the first stays (Lin et al. 2024, Algorithm 1)."""
-    root = torch.cumprod(1 - betas, dim=0).sqrt()
-    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    alpha_bar = root**2
-    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-    return 1 - alphas
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Leaves: time embedding, residual block, resampling
@@ -185,7 +45,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3×3 convolutions around a skip, told the time in between: (N, C_in, h, w), (N, E) → (N, C_out, h, w)."""
+    """Two 3×3 convolutions beside a skip, the time added in between: (N, C_in, h, w), (N, E) → (N, C_out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int) -> None:
         super().__init__()
@@ -228,7 +88,7 @@ class Upsample(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The spatial transformer: where pixels look at each other, and at the words
+# The spatial transformer: pixels attend to each other and to the text
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +102,8 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, for the name "to_out.0" of the field
+        # A list, so that the weight is called `to_out.0` as in published files.
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, n, C) → (N, heads, n, C/heads)
@@ -275,7 +136,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # Identity stands where others put dropout, and keeps the published names "net.0.proj" and "net.2".
+        # Identity stands where others have dropout, and keeps the published names "net.0.proj" and "net.2".
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -337,7 +198,7 @@ def _to_map(x: Tensor, size: torch.Size) -> Tensor:
 class Level(nn.Module):
     """One resolution of the U-Net: residual blocks, each with a transformer behind it where the level attends.
 
-    The U-Net walks through `resnets` and `attentions` itself, since it keeps or consumes a skip at each step.
+    `UNet.forward` calls `resnets` and `attentions` itself, since it stores or consumes a skip after each.
     """
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[SpatialTransformer]) -> None:
@@ -391,104 +252,9 @@ class UNetConfig:
         n = self.num_attention_heads
         return n if isinstance(n, tuple) else (n,) * len(self.block_out_channels)
 
-    @classmethod
-    def from_diffusers(cls, config: dict) -> "UNetConfig":
-        """Reads the `config.json` of a `UNet2DConditionModel`; raises ValueError at an option we do not implement."""
-        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in _WITHOUT_EFFECT}
-        default = {
-            "down": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-            "up": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        }
-        down = list(config.pop("down_block_types", default["down"]))
-        up = list(config.pop("up_block_types", default["up"]))
-        attends = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
-        for kind in down + up:
-            if kind not in attends:
-                raise ValueError(f"unet/config.json: the block type {kind!r} is not supported.")
-        if [attends[k] for k in down] != [attends[k] for k in reversed(up)]:
-            raise ValueError("unet/config.json: up_block_types do not mirror down_block_types, which is not supported.")
-        # diffusers calls the number of heads "attention_head_dim" in these models, an old slip that files keep.
-        heads = config.pop("attention_head_dim", 8)
-        heads = config.pop("num_attention_heads", None) or heads
-        result = cls(
-            in_channels=config.pop("in_channels", 4),
-            out_channels=config.pop("out_channels", 4),
-            block_out_channels=config.pop("block_out_channels", (320, 640, 1280, 1280)),
-            layers_per_block=config.pop("layers_per_block", 2),
-            attention_levels=tuple(attends[k] for k in down),
-            num_attention_heads=heads,
-            context_dim=config.pop("cross_attention_dim", 1280),
-            transformer_depth=config.pop("transformer_layers_per_block", 1),
-            use_linear_projection=config.pop("use_linear_projection", False),
-            norm_num_groups=config.pop("norm_num_groups", 32),
-        )
-        for name, value in config.items():
-            if name not in _FIXED or value != _FIXED[name]:
-                raise ValueError(f"unet/config.json: the option {name}={value!r} is not supported by this U-Net.")
-        return result
-
-    def to_diffusers(self) -> dict:
-        """The `config.json` with which diffusers' `UNet2DConditionModel` builds the same network."""
-        return {
-            "_class_name": "UNet2DConditionModel",
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in self.attention_levels],
-            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attention_levels)],
-            "attention_head_dim": list(self.heads),
-            "cross_attention_dim": self.context_dim,
-            "transformer_layers_per_block": self.transformer_depth,
-            "use_linear_projection": self.use_linear_projection,
-            "norm_num_groups": self.norm_num_groups,
-            "sample_size": 64,
-        }
-
-
-# Options of a foreign config whose only supported value is the one Stable Diffusion uses.
-_FIXED = {
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_eps": 1e-5,
-    "reverse_transformer_layers_per_block": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "dual_cross_attention": False,
-    "class_embed_type": None,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "num_class_embeds": None,
-    "resnet_time_scale_shift": "default",
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "projection_class_embeddings_input_dim": None,
-    "attention_type": "default",
-    "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None,
-    "cross_attention_norm": None,
-    "addition_embed_type_num_heads": 64,
-}
-# Options that change nothing here: a size hint, dropout (sampling has none, and fine-tuning uses none), and the float32
-# softmax that `scaled_dot_product_attention` does anyway.
-_WITHOUT_EFFECT = {"sample_size", "dropout", "upcast_attention"}
-
 
 class UNet(nn.Module):
-    """Predicts the noise (or v) in noisy latents from the timestep and the words.
+    """Predicts the noise (or v) in noisy latents from the timestep and the text.
 
     forward(latents (N, 4, h, w), timesteps (N,), context (N, L, D)) → prediction (N, 4, h, w)
     """
@@ -510,7 +276,7 @@ class UNet(nn.Module):
 
         self.time_embedding = TimestepEmbedding(channels[0], time_channels)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        skips = [channels[0]]  # channels of every feature map that the way up will want back
+        skips = [channels[0]]  # channels of every feature map that the way up takes back as a skip
 
         self.down_blocks = nn.ModuleList()
         c = channels[0]

@@ -1,20 +1,26 @@
-"""How good a model is: does it paint the colour it is asked for, does it copy, and what does its VAE allow?
+"""How good a model is: does it draw the colour it is asked for, does it copy, and what does its VAE allow?
 
     python evaluate_stable_diffusion.py stable_diffusion_results/monsters/model --dataset monsters:4000
 
-samples pictures for captions that the model was not trained on, and writes into --output_dir: `report.json`,
-`samples.png` (pictures with prompts) and `nearest.png` (each sample beside the training picture most like it).
+samples images for captions that the model was not trained on, and writes into --output_dir: `report.json`,
+`samples.png` (images with prompts) and `nearest.png` (each sample beside the training image most like it).
 
-- Obedience (monsters only): a prompt names a colour; the pixel check of the monsters' own tests names the one painted.
-- Memorisation: the distance of each sample to its nearest training picture (or that picture's mirror), against the same
-  distance for pictures that were drawn afresh. Copies would be much nearer than those.
-- VAE ceiling: PSNR and SSIM of pictures that only went through the VAE; no sample can be sharper than these.
+- Obedience (monsters only): a prompt names a colour; the pixel check of the monsters' own tests names the one drawn.
+- Memorisation: the distance of each sample to its nearest training image (or that image's mirror), against the same
+  distance for images that were drawn afresh. Copies would be much nearer than those.
+- VAE ceiling: PSNR and SSIM of images that only went through the VAE; no sample can be sharper than these.
 """
 
+from training.options import answer_help, parse_options
+from training.presets import EvaluationOptions as Options
+
+if __name__ == "__main__":
+    answer_help(Options)  # before the imports below, which take seconds
+
 import json
+import os
 import textwrap
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,35 +30,18 @@ from tqdm import tqdm
 
 import monsters
 from images import image_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
+from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
 from stable_diffusion_model import StableDiffusion
-from train_vae import measure
-from training import parse_options, run
+from training.reconstruction import measure, to_bytes
+from training.script import run, user_errors
 
-THUMBNAIL = 64  # pixels a side at which pictures are compared
+THUMBNAIL = 64  # pixels a side at which images are compared
 FIRST_UNSEEN = 900_000  # monsters from here on are kept from training
 
 
-@dataclass
-class Options:
-    """Options of evaluate_stable_diffusion.py."""
-
-    model: str = field(metadata={"help": "the model: folder, hub id or single file"})
-    dataset: str = field(default="monsters:4000", metadata={"help": "what it was trained on"})
-    output_dir: str = field(default="stable_diffusion_results/evaluation", metadata={"help": "where the report goes"})
-    num_samples: int = field(default=100, metadata={"help": "pictures to sample"})
-    resolution: int = field(default=512, metadata={"help": "their side in pixels"})
-    batch_size: int = field(default=4, metadata={"help": "pictures sampled at once"})
-    steps: int = field(default=15, metadata={"help": "sampling steps"})
-    sampler: str = field(default="dpm++2m", metadata={"help": "ddpm, ddim, euler, euler_a or dpm++2m"})
-    guidance_scale: float = field(default=3.0, metadata={"help": "classifier-free guidance"})
-    seed: int = field(default=0, metadata={"help": "of the first picture"})
-    device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; default: the best there is"})
-    reuse: bool = field(default=False, metadata={"help": "take the pictures that are already in --output_dir"})
-
-
-class TrainingPictures:
-    """What the model was trained on: captions, and pictures at any size. Monsters are drawn at that size at once."""
+class TrainingImages:
+    """What the model was trained on: captions, and images at any size. Monsters are drawn at that size at once."""
 
     def __init__(self, source: str) -> None:
         self.monsters = monsters.parse_spec(source) if source.split(":")[0] == "monsters" else 0
@@ -67,16 +56,16 @@ class TrainingPictures:
     def pixels(self, indices: list[int], size: int) -> Tensor:
         """(n, 3, size, size) in [-1, 1]."""
         if self.found is None:
-            with ProcessPoolExecutor() as pool:
+            with worker_processes(os.cpu_count() or 1) as pool:
                 drawn = pool.map(monsters.draw, indices, [size] * len(indices), chunksize=64)
-                return torch.stack([image_to_pixels(picture) for picture in tqdm(drawn, total=len(indices))])
+                return torch.stack([image_to_pixels(image) for image in tqdm(drawn, total=len(indices))])
         with ThreadPoolExecutor() as pool:
             cells = self.found.select(indices)["image"]
-            parts = range(0, len(cells), 64)  # so that no more than 64 large pictures are in memory
+            parts = range(0, len(cells), 64)  # so that no more than 64 large images are in memory
             return torch.cat([load_pixels(cells[start : start + 64], size, pool) for start in tqdm(parts)])
 
 
-def unseen_prompts(options: Options, training: TrainingPictures) -> tuple[list[str], list[str]]:
+def unseen_prompts(options: Options, training: TrainingImages) -> tuple[list[str], list[str]]:
     """Prompts and the colours they name: unseen monsters' captions, or the data set's own captions without colours."""
     if not training.monsters:
         captions = training.captions()
@@ -93,8 +82,8 @@ def unseen_prompts(options: Options, training: TrainingPictures) -> tuple[list[s
 
 
 def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> list[Image.Image]:
-    """One picture per prompt, seeds counted from --seed; kept as PNGs in --output_dir/pictures."""
-    folder = Path(options.output_dir) / "pictures"
+    """One image per prompt, seeds counted from --seed; kept as PNGs in --output_dir/images."""
+    folder = Path(options.output_dir) / "images"
     made: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="sampling", unit="batch"):
         part = prompts[start : start + options.batch_size]
@@ -112,17 +101,17 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
             width=options.resolution,
             progress=False,
         )
-        for file, picture in zip(files, made[start:], strict=True):
-            save_png(picture, file)
+        for file, image in zip(files, made[start:], strict=True):
+            save_png(image, file)
     return made
 
 
 def obedience(made: list[Image.Image], colours: list[str]) -> dict:
-    """How many pictures are a monster on white, and one in the colour asked for."""
-    on_white = [monsters.is_monster_on_white(picture) for picture in made]
-    painted = [monsters.colour_of(picture) for picture in made]
-    right = [a and b == c for a, b, c in zip(on_white, painted, colours, strict=True)]
-    wrong = [f"{i}: asked {c}, got {b}" for i, (b, c) in enumerate(zip(painted, colours, strict=True)) if not right[i]]
+    """How many images are a monster on white, and one in the colour asked for."""
+    on_white = [monsters.is_monster_on_white(image) for image in made]
+    drawn = [monsters.colour_of(image) for image in made]
+    right = [a and b == c for a, b, c in zip(on_white, drawn, colours, strict=True)]
+    wrong = [f"{i}: asked {c}, got {b}" for i, (b, c) in enumerate(zip(drawn, colours, strict=True)) if not right[i]]
     return {"on_white": sum(on_white) / len(made), "on_white_in_the_colour": sum(right) / len(made), "wrong": wrong}
 
 
@@ -136,15 +125,15 @@ def nearest(queries: Tensor, training: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def thumbnails(made: list[Image.Image]) -> Tensor:
-    return torch.stack([to_pixels(picture, THUMBNAIL) for picture in made])
+    return torch.stack([to_pixels(image, THUMBNAIL) for image in made])
 
 
 def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, side: int = 224) -> Image.Image:
-    """Pictures with their prompts below."""
+    """Images with their prompts below."""
     font, cells = ImageFont.load_default(size=12), []
-    for picture, caption in zip(made, captions, strict=True):
+    for image, caption in zip(made, captions, strict=True):
         cell = Image.new("RGB", (side, side + 84), "white")
-        cell.paste(picture.resize((side, side), Image.Resampling.LANCZOS))
+        cell.paste(image.resize((side, side), Image.Resampling.LANCZOS))
         ImageDraw.Draw(cell).multiline_text((6, side + 2), textwrap.fill(caption, side // 7), fill="#333", font=font)
         cells.append(cell)
     return image_sheet(cells, columns)
@@ -153,8 +142,9 @@ def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, 
 def main(argv: list[str]) -> None:
     options = parse_options(Options, ["--model", *argv] if argv and not argv[0].startswith("-") else argv)
     folder = Path(options.output_dir)
-    model = StableDiffusion.from_pretrained(options.model, device=options.device)
-    training = TrainingPictures(options.dataset)
+    with user_errors():
+        training = TrainingImages(options.dataset)
+        model = StableDiffusion.from_pretrained(options.model, device=options.device)
     prompts, colours = unseen_prompts(options, training)
     made = sample_all(model, prompts, options)
     kept = ("model", "steps", "sampler", "guidance_scale", "seed")
@@ -165,16 +155,16 @@ def main(argv: list[str]) -> None:
     # Memorisation, at thumbnail size
     known = training.pixels(list(range(len(training))), THUMBNAIL)
     distance, which, mirrored = nearest(thumbnails(made), known)
-    report["nearest_training_picture"] = {"mean": distance.mean().item(), "smallest": distance.min().item()}
+    report["nearest_training_image"] = {"mean": distance.mean().item(), "smallest": distance.min().item()}
     if colours:
         fresh = torch.stack([image_to_pixels(monsters.draw(FIRST_UNSEEN + i, THUMBNAIL)) for i in range(len(made))])
         baseline, _, _ = nearest(fresh, known)
         means = {"mean": baseline.mean().item(), "smallest": baseline.min().item()}
-        report["nearest_training_picture_of_unseen_monsters"] = means
+        report["nearest_training_image_of_unseen_monsters"] = means
 
     # What the VAE allows
     some = training.pixels(list(range(0, len(training), max(len(training) // 16, 1)))[:16], options.resolution)
-    psnr, ssim = measure(model.vae, ((some + 1) * 127.5).round().to(torch.uint8))
+    psnr, ssim = measure(model.vae, to_bytes(some))
     report["vae_ceiling"] = {"psnr": psnr, "ssim": ssim}
 
     # Sheets
@@ -184,9 +174,9 @@ def main(argv: list[str]) -> None:
     pairs, captions = [], []
     for i, twin in enumerate(twins):
         pairs += [made[i], twin.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored[i] else twin]
-        captions += [prompts[i], f"nearest training picture, distance {distance[i]:.3f}"]
+        captions += [prompts[i], f"nearest training image, distance {distance[i]:.3f}"]
     save_png(captioned_sheet(pairs, captions, columns=8, side=160), folder / "nearest.png")
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
 
 

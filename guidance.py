@@ -1,9 +1,9 @@
-"""Classifier-free guidance: ask the U-Net with the words and without, and exaggerate the difference.
+"""Classifier-free guidance: call the U-Net with the prompt and without, and exaggerate the difference.
 
 Papers: Ho & Salimans 2022 (arXiv:2207.12598); rescaled against over-exposure, Lin et al. 2024 (arXiv:2305.08891);
 between two noise levels only, Kynkäänniemi et al. 2024 (arXiv:2404.07724).
 
-Letters: N pictures, h × w the size of their latents, L text positions, D width of the text encoding.
+Letters: N images, h × w the size of their latents, L text positions, D width of the text encoding.
 """
 
 import math
@@ -14,12 +14,14 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-Ask = Callable[[Tensor, float, Tensor], Tensor]  # (x_t, t, context) -> the U-Net's prediction, ε or v
+from noise_schedule import noise_level
+
+Model = Callable[[Tensor, float, Tensor], Tensor]  # (x_t, t, context) -> the U-Net's prediction, ε or v
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, how corrected and when pictures are pushed towards their prompts; ValueError out of range."""
+    """How strongly, how corrected and when images are pushed towards their prompts; ValueError out of range."""
 
     scale: float = 7.5  # 0 = unconditional, 1 = conditional, beyond = exaggerated
     rescale: float = 0.0  # φ in [0, 1]: how much of the conditional prediction's spread is restored
@@ -39,7 +41,7 @@ class Guidance:
 
     @property
     def needs_unconditional(self) -> bool:
-        """Does the unconditional prediction count at all?"""
+        """Is the unconditional prediction used at all?"""
         return self.scale != 1
 
     @property
@@ -56,16 +58,16 @@ class Guidance:
         spread, too_wide = (p.std(dim=(1, 2, 3), keepdim=True) for p in (conditional, guided))  # (N, 1, 1, 1)
         return guided * (self.rescale * spread / too_wide.clamp(min=1e-12) + 1 - self.rescale)
 
-    def predict(self, ask: Ask, x_t: Tensor, context: Tensor, empty: Tensor, t: float, alpha_bar: float) -> Tensor:
-        """The guided prediction (N, 4, h, w) for x_t at timestep t, where ᾱ is `alpha_bar`; one question to the U-Net.
+    def predict(self, model: Model, x_t: Tensor, context: Tensor, empty: Tensor, t: float, alpha_bar: float) -> Tensor:
+        """The guided prediction (N, 4, h, w) for x_t at timestep t, where ᾱ is `alpha_bar`; calls `model` once.
 
         `context` and `empty` (N, L, D) are the encodings of the prompts and of the negative prompts.
         """
         low, high = self.interval
-        sigma = math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar > 0 else math.inf
+        sigma = noise_level(alpha_bar) if alpha_bar > 0 else math.inf
         if not self.needs_unconditional or not low <= sigma <= high:
-            return ask(x_t, t, context)
+            return model(x_t, t, context)
         if self.scale == 0:
-            return ask(x_t, t, empty)
-        both = ask(torch.cat([x_t, x_t]), t, torch.cat([empty, context]))  # one batch of 2N
+            return model(x_t, t, empty)
+        both = model(torch.cat([x_t, x_t]), t, torch.cat([empty, context]))  # one batch of 2N
         return self.combine(*both.chunk(2))

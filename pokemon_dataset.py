@@ -27,8 +27,9 @@ from torch import Tensor
 
 import monsters
 from images import TRANSFORM_VERSION, to_pixels
-from pretrained_files import first_line
+from published import first_line
 from text_encoder import TextEncoder
+from training.background import Progress
 from training.captioned_folder import CAPTION_COLUMNS, read_folder
 from training.encoded_cache import EncodedCache, Rows, encode_missing, fingerprint, tokenizer_fingerprint
 from training.image_files import (
@@ -45,7 +46,6 @@ from training.reproducible import Processes
 from training.script import UserError, user_errors
 from vae_model import VAE
 
-DEFAULT_DATASET = "svjack/pokemon-blip-captions-en-zh"
 DEVICE_SHARE = 0.3  # of a GPU's free memory that moments and contexts may take; the rest is for training
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,10 +59,11 @@ def load_captioned_images(
     revision: str | None = None,
     caption_column: str | None = None,
     caption: str | None = None,
+    drawn_size: int = 512,
 ) -> datasets.Dataset:
     """The captioned images of `source` as a Dataset with columns `image` (bytes or path, decoded later) and `text`.
 
-    `caption` is for all images of a source that has none. Raises UserError, one sentence that says what to do.
+    `caption` is for all images of a source that has none; monsters are drawn at `drawn_size` pixels. Raises UserError.
     """
     where = os.path.expanduser(source)
     is_folder, is_drawn = source != "" and os.path.isdir(where), source.split(":")[0] == "monsters"
@@ -73,7 +74,7 @@ def load_captioned_images(
     if is_drawn:
         with user_errors():
             count = monsters.parse_spec(source)
-        found = _part_of(split, "train", source, monsters.load_monsters(count))
+        found = _part_of(split, "train", source, monsters.load_monsters(count, max(drawn_size, 16)))
     elif is_folder:
         name = split.partition("[")[0]  # train[:100] is the first hundred of train
         read = read_folder(where, name, caption_column, caption)
@@ -189,6 +190,22 @@ def load_pixels(cells: list[dict], resolution: int, pool: ThreadPoolExecutor) ->
     return torch.stack(list(pool.map(lambda cell: to_pixels(open_image(cell), resolution), cells)))
 
 
+def load_images(source: str, resolution: int, on_bad_image: str = "error") -> tuple[Tensor, list[str]]:
+    """All images of a source, uint8 (N, 3, R, R) in host memory, and their captions; `on_bad_image`: see `prepare`."""
+    table, alone = load_captioned_images(source, drawn_size=resolution), Processes(0, 1, torch.device("cpu"))
+    bad = undecodable(table, list(range(len(table))), resolution, alone)
+    if bad:
+        refuse_or_warn(table, bad, on_bad_image, alone)
+        table = table.select([i for i in range(len(table)) if i not in bad])
+    cells, images = table["image"], torch.empty(len(table), 3, resolution, resolution, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool, Progress(len(table), f"reading {source}", alone) as progress:
+        for first in range(0, len(table), 32):
+            pixels = load_pixels([cells[i] for i in range(first, min(first + 32, len(table)))], resolution, pool)
+            images[first : first + 32] = ((pixels + 1) * 127.5).round().to(torch.uint8)
+            progress.add(len(pixels))
+    return images, [(text or "").strip() for text in table["text"]]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What training gathers from
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,11 +234,11 @@ class CaptionedLatents:
         captions = torch.where(drop_caption, 0, self.caption_of[indices])
         return moments.float(), self.contexts[captions].float()
 
-    def mean(self, scaling_factor: float) -> list[float]:
-        """The mean of the scaled latents by channel, over some hundred images."""
+    def mean(self, vae: VAE) -> list[float]:
+        """The mean of the latents by channel, over some hundred images."""
         some = torch.arange(0, len(self), max(len(self) // 256, 1), device=self.caption_of.device)
         means = self.moments[some].float().flatten(0, 1).chunk(2, dim=1)[0]  # (2n, 4, h, w)
-        return (means.mean(dim=(0, 2, 3)) * scaling_factor).tolist()
+        return vae.scale_latents(means.mean(dim=(0, 2, 3))).tolist()
 
 
 def prepare(

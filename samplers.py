@@ -1,10 +1,11 @@
-"""Samplers: walk from noise to latents, asking the U-Net once a step (DDPM, DDIM, Euler, Euler-a, DPM-Solver++(2M)).
+"""Samplers: from noise to latents with one U-Net call a step (DDPM, DDIM, Euler, Euler-a, DPM-Solver++(2M)).
 
-A sampler is a plain function `sampler(predict, x, schedule, grid, *, noise, callback, eta) -> x_0`. What it walks along
-is a `TimestepGrid`: numbers only, made beforehand by `timestep_grid`, so the loops below never wait for the device.
+A sampler is a plain function `sampler(predict, x, schedule, grid, *, noise, callback, eta) -> x_0`. Its steps are laid
+out in a `TimestepGrid`: numbers only, made beforehand by `timestep_grid`, so the loops below never wait for the device.
 
 Every x_t that is handed in, out, or to a callback is variance preserving, x_t = √ᾱ x_0 + √(1-ᾱ) ε: that is what the
-U-Net sees, so one callback (a film, an inpainting blend) suits all samplers. Euler's own space is left inside its loop.
+U-Net sees, so one callback (a film, an inpainting blend) suits all samplers. Euler's own space x_0 + σ ε is used inside
+its loop only.
 
     here            Ho 2020, Song 2021      Karras 2022                 Lu 2022 (DPM-Solver++)
     a, a_next       ᾱ_t, ᾱ_{t-1} (1)        1 / (1 + σ²)                α_s², α_t²
@@ -15,9 +16,9 @@ U-Net sees, so one callback (a film, an inpainting blend) suits all samplers. Eu
 
 (1) Song's paper writes α for what Ho's calls ᾱ. `a_next` is the level a step goes to, usually many timesteps on.
 
-The grids are diffusers' to the last peculiarity (each scheduler spaces, starts and ends in its own way), because the
-same weights, seed, sampler and steps should give the same picture there. They part ways only where the original
-leaves the range [0, T) or takes another number of steps than it was asked for.
+The grids equal those of diffusers' schedulers, although each of these spaces, starts and ends in its own way: the same
+weights, seed, sampler and steps shall give the same image there. They differ only where diffusers would leave the range
+[0, T) or take another number of steps than requested.
 """
 
 import dataclasses
@@ -28,14 +29,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffusion_model import NoiseSchedule
+from noise_schedule import NoiseSchedule, epsilon_from_prediction, noise_level, noised, x0_from_prediction
 
 Predict = Callable[[Tensor, float], Tensor]  # (x_t, t) -> the guided prediction, ε or v as the schedule says
-Noise = Callable[[int], Tensor]  # step -> unit noise like x; a callable, so that each picture may own a generator
+Noise = Callable[[int], Tensor]  # step -> unit noise like x; a callable, so that each image may have its own generator
 Callback = Callable[[int, float, Tensor, Tensor], Tensor | None]  # (step, t, x_t, x_0), see `_report`
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The grid: at which timesteps the model is asked, and between which noise levels each step walks
+# The grid: at which timesteps the model is called, and from which noise level to which each step goes
 # ----------------------------------------------------------------------------------------------------------------------
 
 SPACINGS = ("linspace", "leading", "trailing")  # Table 2 of Lin et al. 2023
@@ -48,7 +49,7 @@ ALMOST_ZERO_SNR = 2**-24  # stands in for ᾱ_T = 0 where a sampler divides by i
 
 @dataclasses.dataclass(frozen=True)
 class TimestepGrid:
-    """One sampler's walk: step i asks the model at `timesteps[i]` and goes from ᾱ `levels[i]` to `next_levels[i]`."""
+    """A sampler's steps: step i calls the model at `timesteps[i]` and goes from ᾱ `levels[i]` to `next_levels[i]`."""
 
     sampler: str
     timesteps: tuple[float, ...]  # falling, in [0, T); ints, but Euler's may lie between two of them
@@ -68,9 +69,8 @@ class TimestepGrid:
         return noise * self.start_scale
 
     def noised(self, x0: Tensor, noise: Tensor, step: int = 0) -> Tensor:
-        """Return `x0` as noisy as x_t is when `step` starts, and for step = n clean; shapes alike (Ho 2020, Eq. 4)."""
-        a = self.levels[step] if step < len(self) else 1.0
-        return math.sqrt(a) * x0 + math.sqrt(1 - a) * noise
+        """Return `x0` as noisy as x_t is when `step` starts, and for step = n clean; both of one shape."""
+        return noised(x0, noise, self.levels[step] if step < len(self) else 1.0)
 
     def from_strength(self, strength: float) -> "TimestepGrid":
         """Return the last int(n · strength) steps, for img2img from `noised(x0, noise)`.
@@ -101,9 +101,9 @@ def timestep_grid(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> TimestepGrid:
-    """Lay out the walk of `sampler` over `schedule`, exactly `steps` model calls long (1 <= steps <= T).
+    """Lay out exactly `steps` steps of `sampler` over `schedule`, one model call each (1 <= steps <= T).
 
-    The options bear diffusers' names and, unless said otherwise, the values of Stable Diffusion 1.x:
+    The options have diffusers' names and, unless said otherwise, the values of Stable Diffusion 1.x:
 
     - `timestep_spacing`: "linspace", "leading", "trailing" (Lin et al. 2023, Table 2), None = the sampler's default
     - `steps_offset`: how far "leading" is shifted up
@@ -141,7 +141,7 @@ def timestep_grid(
     alphas_cumprod = schedule.alphas_cumprod.cpu().clone()
     if schedule.zero_terminal_snr:
         alphas_cumprod[-1] = ALMOST_ZERO_SNR
-    table = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()  # (T,), rising
+    table = noise_level(alphas_cumprod).numpy()  # (T,), rising
 
     if sampler == "dpm++2m":
         timesteps = timesteps.round()
@@ -149,7 +149,7 @@ def timestep_grid(
         if use_karras_sigmas:
             sigmas = karras_sigmas(table[0], table[-1], steps)
             timesteps = _sigma_to_t(sigmas, table)
-            # The model is asked at whole timesteps. Cutting, not rounding, a cosine schedule's is diffusers' way.
+            # The model is called at whole timesteps. Diffusers rounds them, but truncates those of a cosine schedule.
             timesteps = timesteps if schedule.schedule == "squaredcos_cap_v2" else timesteps.round()
         timesteps = timesteps.astype(np.int64)
     else:
@@ -167,14 +167,14 @@ def timestep_grid(
         timesteps=tuple(timesteps.tolist()),
         levels=tuple(levels[:-1]),
         next_levels=tuple(levels[1:]),
-        # x_T = σ_max · noise forgets the signal's own variance; "leading" remembers it: √(σ_max² + 1) · noise.
+        # In Euler's space x_T is σ_max · noise; with "leading" √(σ_max² + 1) · noise, the image's variance included.
         start_scale=math.sqrt(1 - levels[0]) if starts_at_sigma_max else 1.0,
         first_order_last=final == 0 or euler_at_final or (lower_order_final and steps < 15),
     )
 
 
 def _chain_grid(sampler: str, schedule: NoiseSchedule, timesteps: np.ndarray, set_alpha_to_one: bool) -> TimestepGrid:
-    """Return the grid of a sampler that walks the Markov chain itself: whole timesteps, levels straight from ᾱ."""
+    """Return the grid of a sampler on the Markov chain itself: whole timesteps, levels straight from the table of ᾱ."""
     T, table = schedule.num_timesteps, schedule.alphas_cumprod.tolist()
     timesteps = timesteps.astype(np.int64).tolist()
     if sampler == "ddpm":
@@ -215,7 +215,7 @@ def _sigma_to_t(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_walk(sampler: str, grid: TimestepGrid, noise: Noise | None, eta: float) -> None:
+def check_arguments(sampler: str, grid: TimestepGrid, noise: Noise | None, eta: float) -> None:
     """Raise ValueError if the grid was made for another sampler, or if this one lacks noise or has no use for eta."""
     if grid.sampler != sampler:
         raise ValueError(f"The grid was made for {grid.sampler}: for {sampler}, call timestep_grid({sampler!r}, ...).")
@@ -228,19 +228,16 @@ def check_walk(sampler: str, grid: TimestepGrid, noise: Noise | None, eta: float
 
 
 def _denoise(predict: Predict, x: Tensor, t: float, a: float, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """Ask the model once; return its x_0 and ε for x at ᾱ = `a` (Ho 2020, Eq. 15; v: Salimans & Ho 2022, App. D)."""
-    prediction = predict(x, t).to(x.dtype)  # a half-precision model may serve float32 latents
-    alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
-    if schedule.prediction_type == "epsilon":
-        return (x - sigma * prediction) / alpha, prediction
-    return alpha * x - sigma * prediction, alpha * prediction + sigma * x
+    """Call the model once; return the x_0 and ε that its prediction for x at ᾱ = `a` implies."""
+    prediction, kind = predict(x, t).to(x.dtype), schedule.prediction_type  # the model may be of half precision
+    return x0_from_prediction(prediction, x, a, kind), epsilon_from_prediction(prediction, x, a, kind)
 
 
 def _report(callback: Callback | None, step: int, t: float, x: Tensor, x0: Tensor) -> Tensor:
-    """Show the callback step number `step` (from 0): where the model was asked, the new x_t, the x_0 it predicted.
+    """Call the callback with step number `step` (from 0), the timestep, the new x_t and the predicted x_0.
 
-    The new x_t is the one the step ends with, at its next, cleaner level. A tensor that the callback returns takes its
-    place; DPM-Solver++ remembers the predicted x_0 regardless.
+    The new x_t is the one the step ends with, at its next, cleaner level. A tensor that the callback returns replaces
+    it; the predicted x_0 that DPM-Solver++ keeps stays the same.
     """
     replaced = None if callback is None else callback(step, t, x, x0)
     return x if replaced is None else replaced
@@ -251,8 +248,8 @@ def inpainting(
 ) -> Callback:
     """Return a callback that after each step puts `original` back where `mask` is 0, as noisy as the next step expects.
 
-    `original` (clean latents) and `noise` are like x; `mask` broadcasts to x and lies in [0, 1], 1 = paint here. The
-    last step puts the clean original back. `callback` sees, and may replace, the blended x_t.
+    `original` (clean latents) and `noise` are like x; `mask` broadcasts to x and lies in [0, 1], 1 = sample
+    anew. The last step puts the clean original back. `callback` sees, and may replace, the blended x_t.
     """
 
     def blend(step: int, t: float, x: Tensor, x0: Tensor) -> Tensor:
@@ -264,8 +261,8 @@ def inpainting(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The samplers. All take:
-#   predict   the guided model, asked once a step
-#   x         x_t at the grid's first timestep, from `grid.start` or `grid.noised`; float32 keeps the most
+#   predict   the guided model, called once a step
+#   x         x_t at the grid's first timestep, from `grid.start` or `grid.noised`; float32 or wider
 #   schedule  says what the prediction means
 #   grid      from `timestep_grid` with this sampler's name, maybe trimmed by `from_strength`
 #   noise     unit noise for each step that needs some (ddpm, euler_ancestral, ddim with eta > 0)
@@ -280,7 +277,7 @@ def ddpm(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Ancestral sampling with the posterior's variance β̃ (Ho 2020, Algorithm 2) on a chain thinned out to the grid."""
-    check_walk("ddpm", grid, noise, eta)
+    check_arguments("ddpm", grid, noise, eta)
     for step, (t, a, a_next) in enumerate(grid):
         x0, _ = _denoise(predict, x, t, a, schedule)
         beta = 1 - a / a_next
@@ -298,7 +295,7 @@ def ddim(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Denoising diffusion implicit models (Song 2021): the chain's marginals without (eta = 0) or with its noise."""
-    check_walk("ddim", grid, noise, eta)
+    check_arguments("ddim", grid, noise, eta)
     for step, (t, a, a_next) in enumerate(grid):
         x0, epsilon = _denoise(predict, x, t, a, schedule)
         sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # Eq. 16
@@ -315,13 +312,13 @@ def euler(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Euler's method on the ODE dx/dσ = (x - D(x; σ)) / σ (Karras 2022, Equation 3, Algorithm 2 without churn)."""
-    check_walk("euler", grid, noise, eta)
+    check_arguments("euler", grid, noise, eta)
     for step, (t, a, a_next) in enumerate(grid):
         x0, slope = _denoise(predict, x, t, a, schedule)  # the slope (x - D) / σ is the predicted ε
         # Algorithm 2, line 7, x + (σ_next - σ) · slope, is the same; but where σ is 4096, float32 would round x_0 away.
-        x = x0 + _sigma(a_next) * slope
+        x = x0 + noise_level(a_next) * slope
         x = _report(callback, step, t, x * math.sqrt(a_next), x0)
-    return x / math.sqrt(grid.next_levels[-1])  # unlike 1 only if the walk ends at sigma_min
+    return x / math.sqrt(grid.next_levels[-1])  # differs from 1 only if the grid ends at sigma_min
 
 
 def euler_ancestral(
@@ -329,10 +326,10 @@ def euler_ancestral(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Euler to σ_down, below the goal, then up with fresh noise (k-diffusion's Euler-a; cf. Ho 2020, Eq. 7)."""
-    check_walk("euler_a", grid, noise, eta)
+    check_arguments("euler_a", grid, noise, eta)
     for step, (t, a, a_next) in enumerate(grid):
         x0, slope = _denoise(predict, x, t, a, schedule)
-        sigma, sigma_next = _sigma(a), _sigma(a_next)
+        sigma, sigma_next = noise_level(a), noise_level(a_next)
         sigma_down = sigma_next**2 / sigma
         sigma_up = math.sqrt(max(sigma_next**2 - sigma_down**2, 0))  # β̃ in σ: σ_next² (σ² - σ_next²) / σ²
         x = x0 + sigma_down * slope
@@ -347,11 +344,11 @@ def dpmpp_2m(
     noise: Noise | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M) (Lu 2022, Algorithm 2): DDIM, but with x_0 extrapolated from the last two predictions."""
-    check_walk("dpm++2m", grid, noise, eta)
+    check_arguments("dpm++2m", grid, noise, eta)
     x0_last, h_last = None, 0.0
     for step, (t, a, a_next) in enumerate(grid):
         x0, _ = _denoise(predict, x, t, a, schedule)
-        sigma, sigma_next = _sigma(a), _sigma(a_next)
+        sigma, sigma_next = noise_level(a), noise_level(a_next)
         shrink = sigma_next / sigma  # e^{-h}, for h = λ_next - λ and λ = log(√ᾱ / √(1-ᾱ)) = -log σ
         h = -math.log(shrink) if shrink > 0 else math.inf
 
@@ -365,10 +362,6 @@ def dpmpp_2m(
     return x
 
 
-def _sigma(a: float) -> float:
-    return math.sqrt((1 - a) / a)
-
-
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": euler_ancestral, "dpm++2m": dpmpp_2m}
 STOCHASTIC_SAMPLERS = ("ddpm", "euler_a")  # and "ddim" if eta > 0
 
@@ -376,7 +369,7 @@ STOCHASTIC_SAMPLERS = ("ddpm", "euler_a")  # and "ddim" if eta > 0
 # What a published folder's scheduler_config.json means for each sampler
 # ----------------------------------------------------------------------------------------------------------------------
 
-_OPTIONS = {  # those that diffusers' counterpart of a sampler listens to
+_OPTIONS = {  # those that diffusers' counterpart of a sampler reads
     "ddpm": {"timestep_spacing", "steps_offset"},
     "ddim": {"timestep_spacing", "steps_offset", "set_alpha_to_one"},
     "euler": {"timestep_spacing", "steps_offset", "use_karras_sigmas", "final_sigmas_type"},
@@ -385,7 +378,7 @@ _OPTIONS = {  # those that diffusers' counterpart of a sampler listens to
                 "euler_at_final"},
 }  # fmt: skip
 _OFF = (False, None)
-_ONLY = {  # and those that it listens to as well, but that are written here for these values only
+_ONLY = {  # those that it reads as well, but of which only these values are implemented here, the default first
     "ddpm": {"variance_type": ("fixed_small",), "thresholding": _OFF},
     "ddim": {"thresholding": _OFF},
     "euler": {"interpolation_type": ("linear",), "timestep_type": ("discrete",), "sigma_min": (None,),
@@ -401,8 +394,8 @@ _ONLY = {  # and those that it listens to as well, but that are written here for
 def grid_options(sampler: str, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `timestep_grid` that diffusers' `sampler` would take from a scheduler_config.json.
 
-    Raises ValueError, naming the option, for one that would change this sampler's walk but is not implemented.
-    `clip_sample` is none of them: Stable Diffusion's pipelines switch it off.
+    Raises ValueError, naming the option, for one that would change this sampler's result but is not implemented.
+    `clip_sample` is not refused: Stable Diffusion's pipelines switch it off.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"Unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")

@@ -1,13 +1,12 @@
-"""Stable Diffusion, put together: text encoder + U-Net + VAE + noise schedule; prompts in, pictures out.
+"""Stable Diffusion, put together: text encoder + U-Net + VAE + noise schedule; prompts in, images out.
 
 Paper: latent diffusion (Rombach et al. 2022, arXiv:2112.10752), classifier-free guidance (Ho & Salimans 2022,
-arXiv:2207.12598). The parts live in rooms of their own; here is how they are read from and written to the standard
-folder (diffusers' layout), and the one path on which text-to-image, img2img and inpainting differ only in their start.
+arXiv:2207.12598). Each part has a module of its own, and `published` reads and writes whole models. Here they meet:
+text-to-image, img2img and inpainting are one path, which differs only in where it starts.
 
-Letters: N pictures, h = H/8 and w = W/8 the size of their latents, L text positions (77), D width of the text encoding.
+Letters: N images, h = H/8 and w = W/8 the size of their latents, L text positions (77), D width of the text encoding.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,18 +18,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_model import NoiseSchedule, UNet, UNetConfig
+from diffusion_model import UNet
 from guidance import Guidance
 from images import format_parameters, image_to_mask, image_to_pixels, pixels_to_images
-from pretrained_files import load_strict, locate, read_folder_weights, read_json, write_safetensors
-from samplers import SAMPLERS, TimestepGrid, check_walk, grid_options, inpainting, timestep_grid
+from noise_schedule import NoiseSchedule
+from published import ModelParts, load_model, save_folder, save_single_file
+from samplers import SAMPLERS, TimestepGrid, check_arguments, grid_options, inpainting, timestep_grid
 from sampling_request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
-from text_encoder import TextEncoder, load_text_model, load_tokenizer
+from text_encoder import TextEncoder
 from vae_model import VAE
 
-# How SD 1.x's own folder has diffusers sample; models trained here say the same of themselves.
-LATENTS_MEAN = "_latents_mean"  # by channel, in scheduler_config.json; diffusers passes over names that start with "_"
-DEFAULT_SCHEDULER = {
+LATENTS_MEAN = "_latents_mean"  # by channel, in scheduler_config.json; diffusers ignores names that start with "_"
+DEFAULT_SCHEDULER_CONFIG = {  # SD 1.x's, and that of models trained here
     "_class_name": "DDIMScheduler",
     "clip_sample": False,
     "set_alpha_to_one": False,
@@ -75,11 +74,15 @@ class StableDiffusion:
             )
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self.schedule = schedule
-        # A folder's own config is not mixed with our defaults: where it is silent, each sampler has its own.
-        # The two values behind it are those that diffusers' pipeline sets, too, whatever the config says.
-        self.scheduler_config = {"_class_name": "DDIMScheduler"} | dict(scheduler_config or DEFAULT_SCHEDULER)
+        # A folder's own config is not mixed with our defaults: for what it leaves out, each sampler has its own.
+        # Two values are set whatever the config says, as in diffusers' pipeline.
+        if scheduler_config is None:
+            # Zero terminal SNR is of use if sampling begins at the last timestep (Lin et al. 2024, Section 3.3).
+            spacing = {"timestep_spacing": "trailing"} if schedule.zero_terminal_snr else {}
+            scheduler_config = DEFAULT_SCHEDULER_CONFIG | spacing
+        self.scheduler_config = {"_class_name": "DDIMScheduler"} | dict(scheduler_config)
         self.scheduler_config |= {"clip_sample": False, "steps_offset": 1}
-        self.name = name  # goes into the pictures' metadata
+        self.name = name  # goes into the images' metadata
 
     # ------------------------------------------------------------------------------------------------------------------
     # Reading and writing
@@ -95,66 +98,20 @@ class StableDiffusion:
         stays in float32 beside float16, in which published ones overflow). ValueError or FileNotFoundError, in one
         sentence, for what is not such a model.
         """
-        path = locate(folder_or_hub_id, "the model")
-        if path.is_file():
-            from ldm_pipeline import read_ldm_pipeline  # the original layout is a room of its own, seldom entered
-
-            model = cls(**read_ldm_pipeline(path), name=path.stem)
-        else:
-            given = Path(folder_or_hub_id)  # a run keeps its model in RUN/model
-            model = cls._from_folder(path, name=given.parent.name if given.name == "model" else given.name)
-        return model.to(choose_device(device), dtype or torch.float32)
-
-    @classmethod
-    def _from_folder(cls, folder: Path, name: str) -> "StableDiffusion":
-        index = read_json(folder / "model_index.json")
-        kind = index.get("_class_name", "StableDiffusionPipeline")
-        if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
-            raise ValueError(f"{folder}: a {kind} is not supported, only Stable Diffusion 1.x and 2.x.")
-        config = UNetConfig.from_diffusers(read_json(folder / "unet" / "config.json"))
-        unet = UNet(config)
-        load_strict(unet, read_folder_weights(folder / "unet", "diffusion_pytorch_model"), folder / "unet")
-        scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
-        return cls(
-            TextEncoder(load_tokenizer(folder / "tokenizer"), load_text_model(folder / "text_encoder")),
-            unet.eval(),
-            VAE.load(folder / "vae"),
-            NoiseSchedule.from_diffusers(scheduler_config),
-            scheduler_config,
-            name,
-        )
+        return cls(*load_model(folder_or_hub_id)).to(choose_device(device), dtype or torch.float32)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
         """Writes the standard folder, which `diffusers.StableDiffusionPipeline.from_pretrained` opens as well."""
-        folder = Path(folder)
-        index = {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.30.0",
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", self.scheduler_config["_class_name"]],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
-        _write_json(folder / "model_index.json", index)
-        _write_json(
-            folder / "scheduler" / "scheduler_config.json", self.scheduler_config | self.schedule.to_diffusers()
-        )
-        for name, module in {"unet": self.unet, "vae": self.vae}.items():
-            _write_json(folder / name / "config.json", module.config.to_diffusers())
-            weights = {key: tensor.to(dtype) for key, tensor in module.state_dict().items()}
-            write_safetensors(folder / name / "diffusion_pytorch_model.safetensors", weights)
-        self.text_encoder.save(folder / "text_encoder", folder / "tokenizer", dtype)
+        save_folder(Path(folder), self.parts, dtype)
 
     def export(self, path: str | os.PathLike) -> None:
         """Writes one `.safetensors` in the original LDM layout, for the tools that want a single file."""
-        from ldm_pipeline import write_ldm_pipeline
+        save_single_file(path, self.parts)
 
-        write_ldm_pipeline(path, self.text_encoder, self.unet, self.vae, self.schedule)
+    @property
+    def parts(self) -> ModelParts:
+        """What it is made of: the arguments that would make the same model."""
+        return ModelParts(self.text_encoder, self.unet, self.vae, self.schedule, self.scheduler_config, self.name)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "StableDiffusion":
         """Moves everything to `device` and the networks to `dtype`; returns itself."""
@@ -174,7 +131,7 @@ class StableDiffusion:
         return self.unet.conv_in.weight.dtype
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Spaces: words → context; pixels ↔ latents. The only two places that know the scaling factor
+    # Spaces: prompts → context; pixels ↔ latents
     # ------------------------------------------------------------------------------------------------------------------
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
@@ -185,17 +142,17 @@ class StableDiffusion:
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pixels (N, 3, H, W) in [-1, 1] → latents (N, 4, h, w) of unit variance, drawn from the posterior."""
         posterior = self.vae.encode(images.to(self.device, self.vae.quant_conv.weight.dtype))
-        return posterior.sample(generator).float() * self.vae.config.scaling_factor
+        return self.vae.scale_latents(posterior.sample(generator).float())
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, tiled: bool = False) -> Tensor:
-        """Latents (N, 4, h, w) → pictures (N, 3, H, W) in [0, 1]; one at a time, to need no more memory than for one.
+        """Latents (N, 4, h, w) → images (N, 3, H, W) in [0, 1]; one at a time, to need no more memory than for one.
 
-        `tiled` decodes large pictures in overlapping tiles (see `VAE.decode_tiled`).
+        `tiled` decodes large images in overlapping tiles (see `VAE.decode_tiled`).
         """
-        raw = latents.to(self.device, self.vae.quant_conv.weight.dtype) / self.vae.config.scaling_factor
+        raw_latents = self.vae.unscale_latents(latents.to(self.device, self.vae.quant_conv.weight.dtype))
         decode = self.vae.decode_tiled if tiled else self.vae.decode
-        images = torch.cat([decode(one) for one in raw.split(1)])
+        images = torch.cat([decode(one) for one in raw_latents.split(1)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -227,27 +184,27 @@ class StableDiffusion:
         progress: bool = True,
         callback: Callable[[int, float, Tensor, Tensor], Tensor | None] | None = None,
     ) -> list[Image.Image]:
-        """Pictures for prompts, one each. Same arguments, same pictures.
+        """One image for each prompt. Same arguments, same images.
 
         Args:
             prompts: N prompts, or their encodings (N, L, D), as `encode_prompts` gives and interpolation mixes them.
-            negative_prompts: what to stay away from: one for all or one each (Ho & Salimans' empty text if None).
-            steps: how often the U-Net is asked, 1…1000 (img2img: int(steps · strength) times).
+            negative_prompts: what to avoid: one for all or one each (None: the empty text, as in Ho & Salimans).
+            steps: how often the U-Net is called, 1…1000 (img2img: int(steps · strength) times).
             sampler: ddpm, ddim, euler, euler_a or dpm++2m; `eta` is ddim's.
             guidance_scale, guidance_rescale, guidance_interval: see `Guidance`; scale 1 is the plain conditional model.
-            seeds: one per picture; a single number s stands for s, s+1, …
-            height, width: of the pictures, in pixels, divisible by 8.
-            init_images, strength: start from these pictures, noised by `strength` in (0, 1], not from pure noise.
-            masks: white where `init_images` shall be painted anew; everywhere else they return exactly.
-            karras, timestep_spacing: how timesteps are laid out, if not as the model's own scheduler_config.json says.
+            seeds: one per image; a single number s stands for s, s+1, …
+            height, width: of the images, in pixels, divisible by 8.
+            init_images, strength: start from these images, noised by `strength` in (0, 1], not from pure noise.
+            masks: white where `init_images` are sampled anew; everywhere else they are kept exactly.
+            karras, timestep_spacing: override what the model's scheduler config says about the timestep grid.
             noise: starting noise (N, 4, h, w) instead of the seeds', for interpolations.
             callback: called after each step with (step, t, x_t, predicted x_0); a tensor it returns replaces x_t.
 
-        Picture k of a batch is the picture that its seed gives alone: on a CPU bit for bit, for the same number of
-        threads; on a GPU, where batches are faster, but for the order of sums in the matrix kernels. The pictures'
+        Image k of a batch equals the image that its seed gives alone: on a CPU bit for bit, for the same number of
+        threads; on a GPU, where batches are faster, up to the order of sums in the matrix kernels. The images'
         `info["parameters"]` say how they were made. Raises ValueError, in one sentence, before any network runs.
         """
-        # What was asked for, checked.
+        # The request, checked.
         encoded = isinstance(prompts, Tensor)
         if encoded:
             check_tensor(prompts, (None, self.text_encoder.length, self.text_encoder.width), "prompts")
@@ -262,52 +219,53 @@ class StableDiffusion:
         def draw(_step: int = 0) -> Tensor:
             return torch.cat([torch.randn(shape, generator=g) for g in generators]).to(self.device)  # (N, 4, h, w)
 
-        walk = self._walk(sampler, steps, karras, timestep_spacing)
-        check_walk(sampler, walk, draw, eta)
-        original = None if init_images is None else pixels_for(init_images, image_to_pixels, n, height, width, "init_images")
-        walk = walk if original is None else walk.from_strength(strength)
-        paint = None if masks is None else pixels_for(masks, image_to_mask, n, height, width, "masks")  # (N, 1, H, W), 0 or 1
-        if paint is not None and original is None:
-            raise ValueError("masks need init_images: the pictures whose unmasked parts are kept.")
+        grid = self._grid(sampler, steps, karras, timestep_spacing)
+        check_arguments(sampler, grid, draw, eta)
+        size = (n, height, width)
+        original = None if init_images is None else pixels_for(init_images, image_to_pixels, *size, "init_images")
+        grid = grid if original is None else grid.from_strength(strength)
+        mask = None if masks is None else pixels_for(masks, image_to_mask, *size, "masks")  # (N, 1, H, W), 0 or 1
+        if mask is not None and original is None:
+            raise ValueError("masks need init_images: the images whose unmasked parts are kept.")
         if noise is not None:
             check_tensor(noise, (n, *shape[1:]), "noise")
 
-        # Words.
+        # Prompts → context.
         context = prompts if encoded else self._encode_each_prompt(texts)  # (N, L, D)
         empty = self._encode_each_prompt(negatives) if guidance.needs_unconditional else context
-        context, empty = (words.to(self.device, self.dtype) for words in (context, empty))
+        context, empty = (encoding.to(self.device, self.dtype) for encoding in (context, empty))
 
-        # The start: noise alone, or a picture under noise.
-        latents = None if original is None else self._encode_each_picture(original, generators)
+        # The start: noise alone, or an image under noise.
+        latents = None if original is None else self._encode_each_image(original, generators)
         unit_noise = draw() if noise is None else noise.to(self.device, torch.float32)
-        if paint is not None:
-            mask = F.interpolate(paint, size=shape[2:]).to(self.device)  # (N, 1, h, w), nearest, as diffusers
-            callback = inpainting(walk, latents, unit_noise, mask, callback)
-        # A masked picture at full strength starts from noise; img2img always remembers its picture a little.
-        from_noise = latents is None or (paint is not None and strength == 1)
-        x = self._start(walk, unit_noise) if from_noise else walk.noised(latents, unit_noise)  # (N, 4, h, w)
+        if mask is not None:
+            latent_mask = F.interpolate(mask, size=shape[2:]).to(self.device)  # (N, 1, h, w), nearest, as diffusers
+            callback = inpainting(grid, latents, unit_noise, latent_mask, callback)
+        # A masked image at full strength starts from noise alone; img2img always keeps a little of its image.
+        from_noise = latents is None or (mask is not None and strength == 1)
+        x = self._start(grid, unit_noise) if from_noise else grid.noised(latents, unit_noise)  # (N, 4, h, w)
 
-        # The walk.
-        level_at = dict(zip(walk.timesteps, walk.levels, strict=True))
+        # Noise → latents.
+        level_at = dict(zip(grid.timesteps, grid.levels, strict=True))
         together = 1 if self.device.type == "cpu" else n  # a CPU gains nothing from a batch, and so gives the same bits
-        with tqdm(total=len(walk), desc=f"sampling with {sampler}", unit="step", disable=not progress) as bar:
+        with tqdm(total=len(grid), desc=f"sampling with {sampler}", unit="step", disable=not progress) as bar:
 
             def predict(x_t: Tensor, t: float) -> Tensor:
                 parts = zip(*(tensor.split(together) for tensor in (x_t, context, empty)), strict=True)
-                made = torch.cat([guidance.predict(self._ask, *part, t, level_at[t]) for part in parts])
+                guided = torch.cat([guidance.predict(self._predict, *part, t, level_at[t]) for part in parts])
                 bar.update()
-                return made
+                return guided
 
-            x0 = SAMPLERS[sampler](predict, x, self.schedule, walk, noise=draw, callback=callback, eta=eta)
+            x0 = SAMPLERS[sampler](predict, x, self.schedule, grid, noise=draw, callback=callback, eta=eta)
 
-        # Pixels.
+        # Latents → images.
         if not x0.isfinite().all():
             raise FloatingPointError("The latents overflowed: sample in float32 or bfloat16, or with less guidance.")
-        images = self.decode_latents(x0, tiled=vae_tiling)  # (N, 3, H, W)
-        if paint is not None:
-            images = torch.where(paint.to(images.device) == 1, images, (original / 2 + 0.5).to(images.device))
-        pictures = pixels_to_images(images)
-        for picture, text, negative, generator in zip(pictures, texts, negatives, generators, strict=True):
+        decoded = self.decode_latents(x0, tiled=vae_tiling)  # (N, 3, H, W)
+        if mask is not None:
+            decoded = torch.where(mask.to(decoded.device) == 1, decoded, (original / 2 + 0.5).to(decoded.device))
+        images = pixels_to_images(decoded)
+        for image, text, negative, generator in zip(images, texts, negatives, generators, strict=True):
             settings = {
                 "Steps": steps, "Sampler": sampler, "Schedule type": "Karras" if karras else None,
                 "Timestep spacing": timestep_spacing, "Eta": eta or None, "CFG scale": guidance_scale,
@@ -316,59 +274,54 @@ class StableDiffusion:
                 "Model": self.name,
                 "Denoising strength": None if original is None else strength,
             }  # fmt: skip
-            picture.info["parameters"] = format_parameters(text, negative, **settings)
-        return pictures
+            image.info["parameters"] = format_parameters(text, negative, **settings)
+        return images
 
-    def _walk(self, sampler: str, steps: int, karras: bool | None, timestep_spacing: str | None) -> TimestepGrid:
-        """Timesteps and noise levels, as the model's own scheduler_config.json has them unless told otherwise."""
-        told = {"use_karras_sigmas": karras, "timestep_spacing": timestep_spacing}
-        told = {name: value for name, value in told.items() if value is not None}
-        return timestep_grid(sampler, self.schedule, steps, **grid_options(sampler, self.scheduler_config) | told)
+    def _grid(self, sampler: str, steps: int, karras: bool | None, timestep_spacing: str | None) -> TimestepGrid:
+        """Timesteps and noise levels by the model's scheduler config, except where an argument is given."""
+        overrides = {"use_karras_sigmas": karras, "timestep_spacing": timestep_spacing}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        return timestep_grid(sampler, self.schedule, steps, **grid_options(sampler, self.scheduler_config) | overrides)
 
-    def _encode_each_picture(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def _encode_each_image(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Pixels (N, 3, H, W) → latents (N, 4, h, w), each drawn from its own generator."""
         pairs = zip(pixels.split(1), generators, strict=True)
         return torch.cat([self.encode_images(one, generator) for one, generator in pairs])
 
-    def _start(self, walk: TimestepGrid, noise: Tensor) -> Tensor:
-        """The x_T of text-to-image: noise, and under it the mean of the training latents if the model knows it.
+    def _start(self, grid: TimestepGrid, noise: Tensor) -> Tensor:
+        """The x_T of text-to-image: noise, with the mean of the training latents under it if the model knows that mean.
 
-        Where the schedule's last ᾱ is not 0, training never saw pure noise: a little of the picture shines through, its
-        mean brightness above all, which the U-Net learns to read (Lin et al. 2024, Section 3.1; Everaert et al. 2024,
-        arXiv:2309.15842). Starting from noise of mean 0 then asks for pictures far darker than any it was shown.
+        Where the schedule's last ᾱ is not 0, training never saw pure noise: x_T kept a little of the image, above all
+        its mean brightness, which the U-Net learns to read (Lin et al. 2024, Section 3.1; Everaert et al. 2024,
+        arXiv:2309.15842). Noise of mean 0 would then start images far darker than any of the training set.
         """
         mean = self.scheduler_config.get(LATENTS_MEAN)
         if mean is None:  # as published models and diffusers do
-            return walk.start(noise)
-        return walk.noised(torch.tensor(mean, device=noise.device)[None, :, None, None].expand_as(noise), noise)
+            return grid.start(noise)
+        return grid.noised(torch.tensor(mean, device=noise.device)[None, :, None, None].expand_as(noise), noise)
 
     def _encode_each_prompt(self, texts: list[str]) -> Tensor:
-        """Texts → (N, L, D), each distinct one encoded alone: its encoding depends on no neighbour, to the last bit."""
+        """Texts → context (N, L, D), each distinct one encoded alone, so that no neighbour changes a bit of it."""
         encodings = {text: self.encode_prompts([text]) for text in dict.fromkeys(texts)}
         return torch.cat([encodings[text] for text in texts])
 
-    def _ask(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
+    def _predict(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
         """The U-Net's prediction (N, 4, h, w), ε or v, in float32."""
         timesteps = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
         return self.unet(x_t.to(self.dtype), timesteps, context).float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Interpolation: along the sphere for noise; encodings of prompts lie on none, there `torch.lerp` is right
+# Interpolation: along the sphere for noise; for contexts, which lie on no sphere, `torch.lerp` is right
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From noise `a` (share 0) to `b` (share 1) along the sphere, so that what lies between is noise as well.
+    """From noise `a` (share 0) to `b` (share 1) along the sphere: noise of unit variance all the way.
 
-    Straight lines would pass through tensors with too little variance. Shoemake 1985, Section 3.3.
+    On the straight line the variance would fall below 1. Shoemake 1985, Section 3.3.
     """
     angle = torch.acos((F.normalize(a.flatten(), dim=0) * F.normalize(b.flatten(), dim=0)).sum().clamp(-1, 1))
     if angle.sin() < 1e-4:  # (anti)parallel: the line is as good
         return torch.lerp(a, b, share)
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")

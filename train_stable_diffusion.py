@@ -1,4 +1,4 @@
-"""Trains the U-Net of a latent diffusion model on captioned pictures; VAE and text encoder stay frozen.
+"""Trains the U-Net of a latent diffusion model on captioned images; VAE and text encoder stay frozen.
 
     python train_stable_diffusion.py --preset monsters                 # draws its own data; minutes on two CPU cores
     python train_stable_diffusion.py --dataset FOLDER_OR_HUB_ID        # the `pokemon` preset: from scratch, one GPU
@@ -6,164 +6,54 @@
     torchrun --nproc_per_node 2 train_stable_diffusion.py …            # the same maths on several GPUs
 
 Papers: DDPM (Ho et al. 2020, Algorithm 1), latent diffusion (Rombach et al. 2022), classifier-free guidance (Ho &
-Salimans 2022), min-SNR (Hang et al. 2023), zero-terminal SNR (Lin et al. 2024). Everything random is a function of
-(seed, step) over the global batch, so a run that was stopped and resumed ends with the weights of one that was not.
+Salimans 2022), min-SNR (Hang et al. 2023), zero-terminal SNR (Lin et al. 2024). All options are in
+`training/presets.py`. Read here: `draw_batch` → `diffusion_loss` → `train_step` → the loop in `Run.train`.
+
+Letters in the shape comments:
+    N  images in the batch    n  those of one process    h, w  size of the latents    L  text tokens    D  text width
 """
+
+from training.options import answer_help, parse_options
+from training.presets import PARTS, PRESETS
+from training.presets import UNetOptions as Options
+
+if __name__ == "__main__":
+    answer_help(Options, PRESETS, "pokemon")  # before the imports below, which take seconds
 
 import contextlib
 import math
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+from diffusion_model import UNet, UNetConfig
 from images import image_sheet, save_png
-from diffusion_model import NoiseSchedule, UNet, UNetConfig
-from memory_forecast import forecast
-from pokemon_dataset import DEFAULT_DATASET, CaptionedLatents, load_captioned_images, prepare
+from noise_schedule import NoiseSchedule
+from pokemon_dataset import CaptionedLatents, load_captioned_images, prepare
+from published import load_text_encoder, load_vae
 from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
-from text_encoder import TextEncoder
-from training import (
+from training.memory_forecast import forecast_run
+from training.reporter import Reporter
+from training.reproducible import (
     EMA,
-    RunFolder,
-    StopRequest,
+    Processes,
     batch_indices,
+    decay_groups,
+    descend,
     generator_for,
+    join_processes,
     learning_rate_at,
-    parse_options,
     resolve_precision,
-    run,
+    was_restarted,
 )
-from training.reproducible import Processes, join_processes
-from vae_model import VAE, DiagonalGaussian
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Options and presets
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _option(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Options:
-    """Options of train_stable_diffusion.py; a preset sets some of them."""
-
-    # What it learns from
-    preset: str = _option("pokemon", "monsters, pokemon or finetune")
-    dataset: str = _option(DEFAULT_DATASET, "hub id, folder of captioned pictures, monsters or monsters:N")
-    split: str = _option("train", "split of the data set")
-    revision: str | None = _option(None, "revision of a data set on the hub")
-    caption_column: str | None = _option(
-        None, "column with the captions; default: text, en_text or caption. CLIP reads English"
-    )
-    resolution: int = _option(512, "side of the pictures in pixels, divisible by 8")
-    validation_share: float = _option(0.05, "share of the pictures held out to measure the validation loss")
-    # What it starts from
-    vae: str | None = _option(None, "VAE: file, folder or hub id; default: the preset's, or --pretrained's own")
-    text_encoder: str | None = _option(None, "CLIP: folder or hub id; default: the preset's, or --pretrained's own")
-    pretrained: str | None = _option(None, "start from this whole model: folder, hub id or single file")
-    output_dir: str = _option("stable_diffusion_results/pokemon", "the run folder")
-    resume: bool = _option(False, "go on with the run in --output_dir")
-    seed: int = _option(0, "of everything random")
-    # The U-Net, if it starts from scratch; one value per resolution, finest first
-    block_out_channels: list[int] = _option([128, 256, 384, 512], "channels")
-    attention_levels: list[int] = _option([0, 1, 1, 1], "1 where the level attends to the text")
-    num_attention_heads: list[int] = _option([8], "one number, or one per level")
-    layers_per_block: int = _option(2, "residual blocks per level")
-    norm_num_groups: int = _option(32, "groups of the group norms")
-    # The objective
-    prediction_type: str | None = _option(None, "epsilon or v_prediction; default: --pretrained's own, else epsilon")
-    zero_terminal_snr: bool = _option(False, "end the schedule in pure noise; needs v_prediction")
-    min_snr_gamma: float = _option(5.0, "gamma of the min-SNR weighting; 0 = unweighted")
-    noise_offset: float = _option(
-        0.0, "strength of a noise shared by a whole channel, for dark and bright pictures; 0 = off"
-    )
-    caption_dropout: float = _option(0.1, "share of captions replaced by the empty one, which guidance needs")
-    # Optimisation
-    max_steps: int = _option(15_000, "training steps in all")
-    batch_size: int = _option(32, "pictures per step, over all processes and accumulation")
-    gradient_accumulation: int = _option(1, "parts in which a process works through its share of a step")
-    learning_rate: float = _option(2e-4, "at its peak, after the warm-up; then a cosine down to 0")
-    warmup_steps: int = _option(500, "steps of linear warm-up")
-    weight_decay: float = _option(0.01, "of AdamW")
-    gradient_clip: float = _option(1.0, "largest gradient norm")
-    ema_decay: float = _option(
-        0.9995, "of the averaged weights that are saved and sampled; 0 = no average, saves memory"
-    )
-    ema_on_cpu: bool = _option(False, "keep the average in the CPU's memory: less on the GPU, slower steps")
-    precision: str = _option("auto", "auto, float32 or bfloat16")
-    gradient_checkpointing: bool = _option(
-        False, "recompute activations in the backward pass: less memory, a third slower"
-    )
-    compile: bool = _option(False, "torch.compile the U-Net: slow to start, then faster")
-    device: str = _option("auto", "auto, cuda, mps or cpu")
-    # What it tells
-    log_every: int = _option(20, "steps between rows of metrics.csv")
-    validate_every: int = _option(500, "steps between validation losses; 0 = never")
-    preview_every: int = _option(1000, "steps between sheets of samples; 0 = only at the end")
-    checkpoint_every: int = _option(1000, "steps between checkpoints; 0 = only at the end")
-    preview_prompts: list[str] = _option([], "prompts of the previews; default: captions of the data set")
-    preview_steps: int = _option(25, "sampling steps of the previews")
-    preview_guidance: float = _option(3.0, "guidance scale of the previews")
-    save_precision: str = _option("float32", "of the weights in OUTPUT_DIR/model: float32, bfloat16 or float16")
-    wandb: str = _option("auto", "auto (online if logged in), online, offline or off")
-
-
-PRESETS: dict[str, dict] = {
-    # The quickstart: everything is drawn, small and cheap. Two CPU cores, minutes, no download, no account.
-    "monsters": {
-        "dataset": "monsters:160",
-        "resolution": 256,
-        "output_dir": "stable_diffusion_results/my_monsters",
-        "block_out_channels": [32, 64, 128, 256],
-        "attention_levels": [0, 1, 1, 1],
-        "num_attention_heads": [4],
-        "layers_per_block": 1,
-        "max_steps": 500,
-        "batch_size": 8,
-        "learning_rate": 6e-4,
-        "warmup_steps": 50,
-        "ema_decay": 0.99,
-        "validate_every": 100,
-        "preview_every": 250,
-        "checkpoint_every": 250,
-        "preview_steps": 15,
-        "log_every": 10,
-        "wandb": "off",
-    },
-    # From scratch on some hundred captioned pictures, with the published VAE and CLIP.
-    "pokemon": {},
-    # From the weights of Stable Diffusion 1.5: small steps, little memory.
-    "finetune": {
-        "pretrained": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "output_dir": "stable_diffusion_results/finetune",
-        "max_steps": 3000,
-        "batch_size": 4,
-        "gradient_accumulation": 4,
-        "learning_rate": 1e-5,
-        "warmup_steps": 100,
-        "ema_decay": 0.0,
-        "gradient_checkpointing": True,
-        "preview_guidance": 7.5,
-        "save_precision": "float16",
-    },
-}
-_HERE = Path(__file__).parent
-_SHIPPED = {"vae": str(_HERE / "vae_model.pth"), "text_encoder": str(_HERE / "stable_diffusion_results" / "clip")}
-_PUBLISHED = {"vae": "stabilityai/sd-vae-ft-mse", "text_encoder": "openai/clip-vit-large-patch14"}
-PARTS = {"monsters": _SHIPPED, "pokemon": _PUBLISHED, "finetune": _PUBLISHED}  # where no --pretrained brings them
-
+from training.run_folder import RunFolder, checkpoints_in, load_common_checkpoint, whole
+from training.script import UserError, run, user_errors
+from vae_model import DiagonalGaussian
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model and data
@@ -173,62 +63,59 @@ PARTS = {"monsters": _SHIPPED, "pokemon": _PUBLISHED, "finetune": _PUBLISHED}  #
 def build_model(options: Options) -> StableDiffusion:
     """The model to train: a pretrained one, or a fresh U-Net between a VAE and a text encoder."""
     name = Path(options.output_dir).name
-    if options.pretrained:
-        model = StableDiffusion.from_pretrained(options.pretrained, device="cpu")
-        vae = VAE.load(options.vae) if options.vae else model.vae
-        text_encoder = (
-            TextEncoder.load(options.text_encoder, "--text_encoder") if options.text_encoder else model.text_encoder
+    with user_errors(hint=WITHOUT_HUB):
+        if options.pretrained:
+            model = StableDiffusion.from_pretrained(options.pretrained, device="cpu")
+            vae = load_vae(options.vae, "--vae") if options.vae else model.vae
+            text_encoder = model.text_encoder
+            if options.text_encoder:
+                text_encoder = load_text_encoder(options.text_encoder, "--text_encoder")
+            check_objective(options, model.schedule)
+            return StableDiffusion(text_encoder, model.unet, vae, model.schedule, model.scheduler_config, name)
+        parts = PARTS[options.preset]
+        text_encoder = load_text_encoder(options.text_encoder or parts["text_encoder"], "--text_encoder")
+        vae = load_vae(options.vae or parts["vae"], "--vae")
+        heads = options.num_attention_heads
+        config = UNetConfig(
+            in_channels=vae.config.latent_channels,
+            out_channels=vae.config.latent_channels,
+            block_out_channels=tuple(options.block_out_channels),
+            layers_per_block=options.layers_per_block,
+            attention_levels=tuple(bool(a) for a in options.attention_levels),
+            num_attention_heads=heads[0] if len(heads) == 1 else tuple(heads),
+            context_dim=text_encoder.width,
+            norm_num_groups=options.norm_num_groups,
         )
-        _check_objective(options, model.schedule)
-        return StableDiffusion(text_encoder, model.unet, vae, model.schedule, model.scheduler_config, name)
-    parts = PARTS[options.preset]
-    text_encoder = TextEncoder.load(options.text_encoder or parts["text_encoder"], "--text_encoder")
-    vae = VAE.load(options.vae or parts["vae"])
-    schedule = NoiseSchedule(
-        prediction_type=options.prediction_type or "epsilon", zero_terminal_snr=options.zero_terminal_snr
-    )
-    heads = options.num_attention_heads
-    config = UNetConfig(
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        block_out_channels=tuple(options.block_out_channels),
-        layers_per_block=options.layers_per_block,
-        attention_levels=tuple(bool(a) for a in options.attention_levels),
-        num_attention_heads=heads[0] if len(heads) == 1 else tuple(heads),
-        context_dim=text_encoder.width,
-        norm_num_groups=options.norm_num_groups,
-    )
-    return StableDiffusion(text_encoder, UNet(config), vae, schedule, name=name)
+        schedule = NoiseSchedule(
+            prediction_type=options.prediction_type or "epsilon", zero_terminal_snr=options.zero_terminal_snr
+        )
+        return StableDiffusion(text_encoder, UNet(config), vae, schedule, name=name)
 
 
-def _check_objective(options: Options, schedule: NoiseSchedule) -> None:
-    """A pretrained U-Net goes on predicting what it has learned to predict; asked for something else, say so."""
+WITHOUT_HUB = (
+    "; or take what ships: --vae vae_model.pth --text_encoder stable_diffusion_results/clip, or --pretrained "
+    "stable_diffusion_results/monsters/model."
+)
+
+
+def check_objective(options: Options, schedule: NoiseSchedule) -> None:
+    """A pretrained U-Net goes on predicting what it learned to predict; UserError if something else is asked for."""
     if options.prediction_type not in (None, schedule.prediction_type):
-        raise ValueError(
+        raise UserError(
             f"--prediction_type {options.prediction_type}: {options.pretrained} predicts {schedule.prediction_type}, "
             "which it goes on doing; leave the option out."
         )
     if options.zero_terminal_snr and not schedule.zero_terminal_snr:
-        raise ValueError(
+        raise UserError(
             f"--zero_terminal_snr: the schedule of {options.pretrained} ends before pure noise; leave the option out."
         )
 
 
-def load_data(
-    options: Options, model: StableDiffusion, processes: Processes, precision: torch.dtype
-) -> CaptionedLatents:
-    """Images and captions, encoded by all processes together."""
-    found = load_captioned_images(options.dataset, options.split, options.revision, options.caption_column)
-    return prepare(found, model.vae, model.text_encoder, options.resolution, processes, precision)
-
-
-def split_pictures(count: int, share: float, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices of the pictures to train on and of those held out; the same in every run with this seed."""
-    held_out = math.ceil(count * share) if share > 0 else 0
-    if not 0 <= share < 1 or held_out >= count:
-        raise ValueError(
-            f"--validation_share {share}: of {count} pictures, {count - held_out} would be left to train on."
-        )
+def split_images(count: int, share: float, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of those held out; the same in every run with this seed."""
+    held_out = math.ceil(count * share)
+    if held_out >= count:
+        raise UserError(f"--validation_share {share}: of {count} images, {count - held_out} would be left to train on.")
     order = torch.randperm(count, generator=generator_for(torch.device("cpu"), seed, "split")).to(device)
     return order[held_out:], order[:held_out]
 
@@ -240,7 +127,7 @@ def split_pictures(count: int, share: float, seed: int, device: torch.device) ->
 
 @dataclass
 class Batch:
-    """What one process sees of a step: latents, noise and context are (n, …), t is (n,)."""
+    """What one process sees of a step: latents and noise (n, 4, h, w), t (n,), context (n, L, D)."""
 
     latents: Tensor
     noise: Tensor
@@ -255,291 +142,279 @@ class Batch:
 def draw_batch(
     data: CaptionedLatents, chosen: Tensor, model: StableDiffusion, options: Options, step: int, processes: Processes
 ) -> Batch:
-    """The pictures, posterior samples, noise, timesteps and dropped captions of a step: a function of (seed, step).
+    """The images, posterior samples, noise, timesteps and dropped captions of a step: a function of (seed, step).
 
-    All are drawn for the global batch, of which each process takes its slice: two processes train what one would.
+    All are drawn for the global batch of N, of which each process takes its slice: two processes train what one would.
     """
-    device, n = chosen.device, options.batch_size
+    device, N = chosen.device, options.batch_size
     generator = generator_for(device, options.seed, "step", step)
-    indices = chosen[batch_indices(len(chosen), n, step, options.seed, device)]
-    mirrored = torch.rand(n, generator=generator, device=device) < 0.5
-    dropped = torch.rand(n, generator=generator, device=device) < options.caption_dropout
-    t = torch.randint(model.schedule.num_timesteps, (n,), generator=generator, device=device)
+    indices = chosen[batch_indices(len(chosen), N, step, options.seed, device)]
+    mirrored = torch.rand(N, generator=generator, device=device) < 0.5
+    dropped = torch.rand(N, generator=generator, device=device) < options.caption_dropout
+    t = torch.randint(model.schedule.num_timesteps, (N,), generator=generator, device=device)
 
-    mine = slice(processes.rank * n // processes.count, (processes.rank + 1) * n // processes.count)
-    moments, context = data.gather(indices[mine], mirrored[mine], dropped[mine])
+    mine = slice(processes.rank * N // processes.count, (processes.rank + 1) * N // processes.count)
+    moments, context = data.gather(indices[mine], mirrored[mine], dropped[mine])  # (n, 8, h, w), (n, L, D)
     posterior = DiagonalGaussian.from_moments(moments)
-    shape = (n, *posterior.mean.shape[1:])
+    shape = (N, *posterior.mean.shape[1:])
     spread = torch.randn(shape, generator=generator, device=device)[mine]
     noise = torch.randn(shape, generator=generator, device=device)[mine]
-    if options.noise_offset:  # Guttenberg 2023: lets the mean of a picture drift
-        noise = (
-            noise + options.noise_offset * torch.randn((n, shape[1], 1, 1), generator=generator, device=device)[mine]
-        )
-    latents = (posterior.mean + torch.exp(0.5 * posterior.logvar) * spread) * model.vae.config.scaling_factor
+    if options.noise_offset:  # Guttenberg 2023: lets the mean of an image drift
+        shift = torch.randn((N, shape[1], 1, 1), generator=generator, device=device)[mine]
+        noise = noise + options.noise_offset * shift
+    latents = model.vae.scale_latents(posterior.sample(noise=spread))
     return Batch(latents, noise, t[mine], context)
 
 
 def diffusion_loss(unet: nn.Module, schedule: NoiseSchedule, batch: Batch, gamma: float | None) -> Tensor:
-    """Mean over the pictures of the weighted squared error of the prediction (DDPM, Equation 14; min-SNR weights)."""
+    """The weighted squared error of the prediction for each image, (n,) (DDPM, Equation 14; min-SNR weights)."""
     x_t = schedule.add_noise(batch.latents, batch.noise, batch.t)
     prediction = unet(x_t, batch.t, batch.context).float()
     error = (prediction - schedule.target(batch.latents, batch.noise, batch.t)).square().mean(dim=(1, 2, 3))  # (n,)
-    return (schedule.loss_weight(batch.t, gamma) * error).mean()
+    return schedule.loss_weight(batch.t, gamma) * error
+
+
+def train_step(
+    unet: nn.Module, schedule: NoiseSchedule, batch: Batch, optimizer: torch.optim.Optimizer, options: Options,
+    precision: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step of the optimizer on this process's share of a batch; returns its loss and the gradient norm (0-d).
+
+    The batch may go through in `gradient_accumulation` parts, and is one slice of several processes': all add up to the
+    gradient of the mean over the global batch.
+    """
+    parts, total = options.gradient_accumulation, torch.zeros((), device=batch.t.device)
+    for i, part in enumerate(batch.split(parts)):
+        with contextlib.nullcontext() if i == parts - 1 else without_synchronisation(unet):
+            # No cache: a pass reads each weight once, so that its low-precision copy need not be kept.
+            with torch.autocast(batch.t.device.type, precision, precision != torch.float32, cache_enabled=False):
+                loss = diffusion_loss(unet, schedule, part, options.min_snr_gamma or None).mean() / parts
+            loss.backward()
+        total += loss.detach()
+    return total, descend(optimizer, options.gradient_clip)
+
+
+def without_synchronisation(unet: nn.Module) -> contextlib.AbstractContextManager:
+    """Lets gradients add up on each process: several exchange theirs once a step, with the last part."""
+    return unet.no_sync() if isinstance(unet, DistributedDataParallel) else contextlib.nullcontext()
 
 
 @torch.no_grad()
 def validation_loss(
-    unet: nn.Module, data: CaptionedLatents, held_out: Tensor, model: StableDiffusion, options: Options
+    unet: nn.Module, data: CaptionedLatents, held_out: Tensor, model: StableDiffusion, processes: Processes
 ) -> float:
-    """Unweighted loss on held-out pictures at fixed noise and evenly spread timesteps: numbers that can be compared."""
-    schedule, device, total, count = model.schedule, held_out.device, 0.0, 0
-    for i, indices in enumerate(held_out.split(8)):
-        generator = generator_for(device, 0, "validation", i)
-        moments, context = data.gather(
-            indices, torch.zeros_like(indices, dtype=torch.bool), torch.zeros_like(indices) > 0
+    """Unweighted loss on held-out images at fixed noise: numbers that can be compared along a run and between runs.
+
+    Every image is seen at four timesteps or more, all together spread evenly over 0…T-1. Chunks of 8 go to processes
+    in turn, and are summed in one order, so that the result does not depend on how many there are.
+    """
+    device, images, T = held_out.device, len(held_out), model.schedule.num_timesteps
+    draws = max(4, math.ceil(64 / images))  # of each image
+    chunks = torch.arange(images * draws, device=device).split(8)
+    losses: dict[int, list[float]] = {}
+    for k in range(processes.rank, len(chunks), processes.count):
+        indices, t = held_out[chunks[k] % images], ((chunks[k] + 0.5) / (images * draws) * T).long()  # (8,) each
+        never = torch.zeros_like(indices, dtype=torch.bool)
+        moments, context = data.gather(indices, mirrored=never, drop_caption=never)
+        latents = model.vae.scale_latents(DiagonalGaussian.from_moments(moments).mode())
+        noise = torch.randn(latents.shape, generator=generator_for(device, "validation", k), device=device)
+        losses[k] = diffusion_loss(unet, model.schedule, Batch(latents, noise, t, context), None).tolist()
+    merged = {k: values for share in processes.gather(losses) for k, values in share.items()}
+    return math.fsum(value for values in merged.values() for value in values) / (images * draws)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run: the loop, and what is done now and then
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Model, data, optimizer and average of one training run, on one of its processes."""
+
+    COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "skipped_steps")
+
+    def __init__(self, options: Options, processes: Processes, folder: RunFolder | None) -> None:
+        self.options, self.processes, self.folder = options, processes, folder
+        device = self.device = processes.device
+        self.precision = resolve_precision(options.precision, device)
+        # What can be wrong is looked at first: the checkpoint, the data set, the model. Only then anything is written.
+        state = load_common_checkpoint(Path(options.output_dir), processes) if options.resume else None
+        source = (options.dataset, options.split, options.revision, options.caption_column, options.caption)
+        images = load_captioned_images(*source, drawn_size=options.resolution)
+        self.model = model = build_model(options)
+        self.data = prepare(
+            images, model.vae, model.text_encoder, options.resolution, processes, self.precision, options.on_bad_image
         )
-        latents = moments[:, : moments.shape[1] // 2] * model.vae.config.scaling_factor  # the posterior's mean
-        for quarter in range(4):
-            noise = torch.randn(latents.shape, generator=generator, device=device)
-            places = (torch.arange(len(indices), device=device) + 8 * i) % 8 * 4 + quarter  # 0…31
-            t = ((places + 0.5) / 32 * schedule.num_timesteps).long()
-            loss = diffusion_loss(unet, schedule, Batch(latents, noise, t, context), None)
-            total, count = total + loss.item() * len(indices), count + len(indices)
-    return total / count
+        self.chosen, self.held_out = split_images(len(self.data), options.validation_share, options.seed, device)
+        if not options.pretrained:  # a pretrained U-Net goes on from the start it knows
+            model.scheduler_config[LATENTS_MEAN] = self.data.mean(model.vae)
+        for frozen in (model.vae, model.text_encoder.model):
+            frozen.to("cpu")  # idle until the next preview
+        model.schedule.to(device)
+
+        self.unet = model.unet.to(device, memory_format=torch.channels_last).train()
+        self.unet.gradient_checkpointing = options.gradient_checkpointing
+        average_on = "cpu" if options.ema_on_cpu else device
+        self.ema = EMA(self.unet, options.ema_decay, average_on) if options.ema_decay else None
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(self.unet, options.weight_decay), lr=options.learning_rate, fused=True
+        )
+        model.unet = self.ema.module if self.ema else self.unet  # what is measured, sampled and saved
+        duties = {
+            "validation": options.validate_every if len(self.held_out) else 0,
+            "preview": options.preview_every,
+            "checkpoint": options.checkpoint_every,
+        }
+        self.reporter = Reporter(options, folder, processes, duties, state)
+        if state is not None:
+            self.load(state)
+        self.wrapped: nn.Module = torch.compile(self.unet) if options.compile else self.unet
+        if processes.count > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(self.wrapped, device_ids=ids)
+        if folder is not None:
+            if state is None:
+                folder.start(options, self.COLUMNS)
+            else:
+                undone = ["validation_loss"] if "validation" in state["undone"] else []
+                folder.resume(options, state["step"], self.COLUMNS, undone)
+            self.reporter.start_wandb("stable-diffusion-from-scratch")
+            print(self.summary(), file=sys.stderr)
+
+    def train(self) -> None:
+        options, reporter = self.options, self.reporter
+        with reporter.running():
+            self.after_step()  # what a stop left undone at the step that a resumed run begins after
+            for step in reporter.steps():
+                rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, options.max_steps)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                batch = draw_batch(self.data, self.chosen, self.model, options, step, self.processes)
+                loss, norm = train_step(
+                    self.wrapped, self.model.schedule, batch, self.optimizer, options, self.precision
+                )
+                if self.ema:
+                    self.ema.update(self.unet, step)
+                reporter.record(loss=loss, gradient_norm=norm, learning_rate=rate)
+                self.after_step()
+
+    def after_step(self) -> None:
+        """Validation, preview and checkpoint, each when it is due."""
+        score = math.inf
+        if self.reporter.due("validation"):
+            with self.evaluation_mode():
+                score = validation_loss(self.model.unet, self.data, self.held_out, self.model, self.processes)
+            self.reporter.log(validation_loss=score)
+            self.reporter.say(f"step {self.reporter.step}: validation loss {score:.4f}")
+        if self.reporter.due("preview"):
+            with self.reporter.interruptible("preview"):
+                if self.folder is not None:
+                    self.preview()
+        if self.reporter.due("checkpoint"):
+            self.save(is_best=self.reporter.is_best(score))
+
+    @contextlib.contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """The U-Net that is judged, on the device and under autocast; then back to where its average is kept."""
+        unet, home, was_training = self.model.unet, self.model.device, self.model.unet.training
+        unet.to(self.device).eval()
+        try:
+            with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+                yield
+        finally:
+            unet.to(home).train(was_training)
+
+    def preview(self) -> None:
+        """A sheet of samples from fixed noise and fixed prompts: samples/step_*.png."""
+        options, model, folder, step = self.options, self.model, self.folder, self.reporter.step
+        captions = self.data.captions[1:] or [""]
+        evenly = [captions[i * len(captions) // 8] for i in range(min(8, len(captions)))]
+        prompts = options.preview_prompts or evenly
+        try:
+            model.vae.to(self.device)
+            with self.evaluation_mode():
+                images = model.sample(
+                    prompts,
+                    steps=options.preview_steps,
+                    guidance_scale=options.preview_guidance,
+                    height=options.resolution,
+                    width=options.resolution,
+                    progress=False,
+                    callback=lambda *_: self.reporter.check_stop(),
+                )
+        except (torch.OutOfMemoryError, FloatingPointError) as error:  # a preview is never worth a run
+            self.reporter.say(f"step {step}: no preview ({str(error).splitlines()[0]})")
+            return
+        finally:
+            model.vae.to("cpu")
+        file = folder.path / "samples" / f"step_{step:06d}.png"
+        with whole(file) as temporary:
+            save_png(image_sheet(images, columns=4), temporary)
+        folder.write_text("samples/prompts.txt", "\n".join(prompts) + "\n")
+        self.reporter.log_image("samples", file)
+
+    def save(self, is_best: bool) -> None:
+        """A checkpoint, and model/ in the standard folder; best_model/ as well if no validation loss was lower."""
+        state = self.reporter.state() | {"unet": self.unet.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"ema": self.ema.module.state_dict()} if self.ema else {}
+        if self.folder is not None:
+            self.folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
+            dtype = getattr(torch, self.options.save_precision)
+            for name in ["model"] + ["best_model"] * is_best:
+                self.folder.write_folder(name, lambda path: self.model.save_pretrained(path, dtype))
+            self.folder.plot({"loss": "training (weighted)", "validation_loss": "held out"}, "loss")
+        self.reporter.saved()
+
+    def load(self, state: dict) -> None:
+        """Takes up weights, average and optimizer from a checkpoint; UserError if they are another U-Net's."""
+        try:
+            self.unet.load_state_dict(state["unet"])
+            if self.ema:
+                self.ema.module.load_state_dict(state.get("ema", state["unet"]))  # none yet if it was off until now
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"--resume: the checkpoint does not fit this U-Net ({str(error).splitlines()[0]}); start a new run."
+            ) from error
+
+    def summary(self) -> str:
+        """What is about to happen: the network, the data, the memory it will take."""
+        return (
+            f"U-Net of {sum(p.numel() for p in self.unet.parameters()) / 1e6:.1f} M parameters; {len(self.chosen)} "
+            f"images to train on, {len(self.held_out)} held out; {self.processes.count} × {self.device.type}, "
+            f"{str(self.precision).removeprefix('torch.')}; results in {self.options.output_dir}\n"
+            + str(forecast_run(self.options, self.model, self.data.nbytes, self.processes, self.precision))
+        )
+
+    def finish(self) -> None:
+        """Says how it ended, and what to do next."""
+        if not self.reporter.finish() or self.folder is None:
+            return
+        path = self.folder.path
+        made = ["samples"] * bool(self.options.preview_every) + ["loss.png", "model"]
+        print(f"\nDone: {', '.join(str(path / name) for name in made)}")
+        if self.device.type == "cuda":
+            print(f"Peak GPU memory: {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
+        print(f'Sample from it: python sample_stable_diffusion.py "PROMPT" --model {path / "model"}')
 
 
 def main(argv: list[str]) -> None:
     options = parse_options(Options, argv, PRESETS, default_preset="pokemon")
-    processes = join_processes(choose_device(options.device))
-    device, is_main = processes.device, processes.is_main
-    precision = resolve_precision(options.precision, device)
-    if options.gradient_accumulation < 1 or options.batch_size % (processes.count * options.gradient_accumulation):
-        raise ValueError(
+    with user_errors():
+        processes = join_processes(choose_device(options.device))
+    if was_restarted(processes) and checkpoints_in(Path(options.output_dir)):  # goes on with what it has saved
+        options = parse_options(Options, [*argv, "--resume"], PRESETS, default_preset="pokemon")
+    if options.batch_size % (processes.count * options.gradient_accumulation):
+        raise UserError(
             f"--batch_size {options.batch_size} must be divisible by processes × --gradient_accumulation "
             f"({processes.count} × {options.gradient_accumulation})."
         )
-    if options.save_precision not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--save_precision {options.save_precision}: choose float32, bfloat16 or float16.")
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
-    model = build_model(options)
-    folder = RunFolder(options.output_dir, options, options.resume) if is_main else None
-    data = load_data(options, model, processes, precision)
-    if not options.pretrained:  # a pretrained U-Net goes on from the start it knows
-        model.scheduler_config[LATENTS_MEAN] = data.mean(model.vae.config.scaling_factor)
-    chosen, held_out = split_pictures(len(data), options.validation_share, options.seed, device)
-    for frozen in (model.vae, model.text_encoder.model):
-        frozen.to("cpu")  # idle until the next preview
-    model.schedule.to(device)
-
-    unet = model.unet.to(device, memory_format=torch.channels_last).train()
-    unet.gradient_checkpointing = options.gradient_checkpointing
-    ema = EMA(unet, options.ema_decay, "cpu" if options.ema_on_cpu else device) if options.ema_decay else None
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=device.type != "mps"
-    )
-    model.unet = ema.module if ema else unet  # what is measured, sampled and saved
-    first_step = 0
-    if options.resume:
-        state = RunFolder.load_state(Path(options.output_dir), device)
-        unet.load_state_dict(state["unet"])
-        if ema:
-            ema.module.load_state_dict(state.get("ema", state["unet"]))  # none yet if it was off until now
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-        del state  # as large as all that was just filled from it
-    wrapped: nn.Module = unet
-    if options.compile:
-        wrapped = torch.compile(wrapped)
-    if processes.count > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
-    if is_main:
-        if options.resume:
-            folder.forget_after(first_step)
-        folder.start_wandb(options.wandb, "stable-diffusion-from-scratch", options)
-        _say_hello(options, model, data, chosen, held_out, processes, precision)
-
-    reporter = Reporter(options, model, data, held_out, folder, precision, device, first_step) if is_main else None
-    gamma = options.min_snr_gamma or None
-    stop = StopRequest()
-    progress = tqdm(total=options.max_steps, initial=first_step, unit="step", disable=not is_main, smoothing=0.05)
-    losses: list[Tensor] = []
-    step = first_step
-    while step < options.max_steps and not stop.asked:
-        # One step: draw, predict, descend, average.
-        rate = learning_rate_at(step, options.learning_rate, options.warmup_steps, options.max_steps)
-        optimizer.param_groups[0]["lr"] = rate
-        parts = draw_batch(data, chosen, model, options, step, processes).split(options.gradient_accumulation)
-        for i, part in enumerate(parts):
-            synchronise = processes.count == 1 or i == len(parts) - 1  # DDP adds up gradients once a step
-            with contextlib.nullcontext() if synchronise else wrapped.no_sync():
-                # No cache: a pass reads each weight once, so that its low-precision copy need not be kept.
-                with torch.autocast(device.type, precision, precision != torch.float32, cache_enabled=False):
-                    loss = diffusion_loss(wrapped, model.schedule, part, gamma) / len(parts)
-                loss.backward()
-            losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(unet.parameters(), options.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.update(unet, step)
-        step += 1
-        progress.update()
-
-        # What it tells, now and then; the device is waited for only here.
-        is_last = step == options.max_steps or stop.asked
-        if is_last or step % options.log_every == 0:
-            mean = processes.mean(torch.stack(losses).sum() / len(losses) * len(parts)).item()
-            losses.clear()
-            if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"step {step}: the loss is {mean}; the last checkpoint is untouched: --resume from it with a lower "
-                    "--learning_rate, or --precision float32."
-                )
-            if is_main:
-                reporter.log(step, progress, loss=mean, learning_rate=rate, gradient_norm=norm.item())
-        if is_main:
-            reporter.after_step(step, is_last, unet, ema, optimizer)
-    progress.close()
-    if is_main:
-        reporter.finish(step)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What it tells
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Reporter:
-    """Metrics, validation, previews and checkpoints of a run, kept out of the loop."""
-
-    def __init__(
-        self,
-        options: Options,
-        model: StableDiffusion,
-        data: CaptionedLatents,
-        held_out: Tensor,
-        folder: RunFolder,
-        precision: torch.dtype,
-        device: torch.device,
-        first_step: int,
-    ) -> None:
-        self.options, self.model, self.data, self.held_out, self.folder = options, model, data, held_out, folder
-        self.device, self.precision = device, precision
-        captions = data.captions[1:] or [""]
-        evenly = [captions[i * len(captions) // 8] for i in range(min(8, len(captions)))]
-        self.prompts = options.preview_prompts or evenly
-        self.timed_step, self.timed_at = first_step, time.perf_counter()  # pictures/s leave out what is done here
-
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """The U-Net that is judged, on the device and under autocast; then back to where its average is kept."""
-        unet, home, was_training = self.model.unet, self.model.device, self.model.unet.training
-        unet.to(self.device).eval()
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-            yield
-        unet.to(home).train(was_training)
-
-    def log(self, step: int, progress: tqdm, **values: float) -> None:
-        speed = (step - self.timed_step) * self.options.batch_size / (time.perf_counter() - self.timed_at)
-        self.timed_step, self.timed_at = step, time.perf_counter()
-        progress.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.1f} pictures/s")
-        self.folder.log(step, pictures_per_second=speed, **values)
-
-    def after_step(
-        self, step: int, is_last: bool, unet: UNet, ema: EMA | None, optimizer: torch.optim.Optimizer
-    ) -> None:
-        due = {name: is_last or (every and step % every == 0) for name, every in self._intervals().items()}
-        if due["validate"] and len(self.held_out) and self.options.validate_every:
-            with self.at_work():
-                loss = validation_loss(self.model.unet, self.data, self.held_out, self.model, self.options)
-            self.folder.log(step, validation_loss=loss)
-            tqdm.write(f"step {step}: validation loss {loss:.4f}")
-        if due["checkpoint"]:
-            state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            self.folder.save_state(state | ({"ema": ema.module.state_dict()} if ema else {}))
-            dtype = getattr(torch, self.options.save_precision)
-            self.folder.replace_folder("model", lambda path: self.model.save_pretrained(path, dtype))
-            self.folder.plot({"loss": "training (weighted)", "validation_loss": "held out"}, "loss")
-        if due["preview"]:
-            self.preview(step)
-        if any(due.values()):
-            self.timed_step, self.timed_at = step, time.perf_counter()
-
-    def _intervals(self) -> dict[str, int]:
-        o = self.options
-        return {"validate": o.validate_every, "checkpoint": o.checkpoint_every, "preview": o.preview_every}
-
-    def preview(self, step: int) -> None:
-        """A sheet of samples from fixed noise and fixed prompts."""
-        model, size = self.model, self.options.resolution
-        model.vae.to(self.device)
-        with self.at_work():
-            made = model.sample(
-                self.prompts,
-                steps=self.options.preview_steps,
-                guidance_scale=self.options.preview_guidance,
-                height=size,
-                width=size,
-            )
-        model.vae.to("cpu")
-        file = self.folder.path / "samples" / f"step_{step:06d}.png"
-        save_png(image_sheet(made, columns=4), file)
-        (file.parent / "prompts.txt").write_text("\n".join(self.prompts) + "\n")
-        self.folder.log_picture(step, "samples", file)
-
-    def finish(self, step: int) -> None:
-        self.folder.close()
-        path = self.folder.path
-        if step < self.options.max_steps:
-            print(f"Stopped at step {step} and saved; go on with --resume --output_dir {path}")
-            return
-        print(f"\nDone. Pictures: {path / 'samples'}, loss: {path / 'loss.png'}, model: {path / 'model'}")
-        if self.device.type == "cuda":
-            print(f"Peak GPU memory: {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
-        if self.options.preset == "monsters":
-            print(
-                "What to expect so soon: blotches on white, many in the colour asked for, not yet creatures.\n"
-                "Next: open sample_stable_diffusion.ipynb, whose model was trained for longer, or point it here;\n"
-                "on a GPU, train on real pictures: python train_stable_diffusion.py --dataset FOLDER_OR_HUB_ID"
-            )
-
-
-def _say_hello(
-    options: Options,
-    model: StableDiffusion,
-    data: CaptionedLatents,
-    chosen: Tensor,
-    held_out: Tensor,
-    processes: Processes,
-    precision: torch.dtype,
-) -> None:
-    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
-    type_ = str(precision).removeprefix("torch.")
-    print(
-        f"U-Net of {millions:.1f} M parameters; {len(chosen)} pictures to train on, {len(held_out)} held out, "
-        f"{len(data.captions) - 1} captions; {processes.count} × {processes.device.type}, {type_}; "
-        f"results in {options.output_dir}",
-        file=sys.stderr,
-    )
-    side = options.resolution // model.vae.config.downsampling
-    memory = forecast(
-        model.unet,
-        frozen=[model.vae, model.text_encoder.model],
-        latents=(options.batch_size // processes.count // options.gradient_accumulation, side, side),
-        length=model.text_encoder.length,
-        resident=data.nbytes,
-        device=processes.device,
-        precision=precision,
-        micro_batches=options.gradient_accumulation,
-        checkpointing=options.gradient_checkpointing,
-        averaged=bool(options.ema_decay),
-        average_on_cpu=options.ema_on_cpu,
-        processes=processes.count,
-    )
-    print(memory, file=sys.stderr)
+    with RunFolder(options) if processes.is_main else contextlib.nullcontext() as folder:
+        run_ = Run(options, processes, folder)
+        run_.train()
+        run_.finish()
 
 
 if __name__ == "__main__":

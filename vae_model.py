@@ -1,25 +1,24 @@
-"""The KL-f8 autoencoder of latent diffusion: pictures to latents an eighth of their size, and back.
+"""The KL-f8 autoencoder of latent diffusion: images to latents of an eighth of their size, and back.
 
 Papers: latent diffusion (Rombach et al. 2022, arXiv:2112.10752, Section 3.1) and VAE (Kingma & Welling 2014,
 arXiv:1312.6114). The file reads from leaf to root: blocks → `Encoder`, `Decoder` → `DiagonalGaussian` → `VAE`.
 Parameter names and layouts are those of diffusers' `AutoencoderKL`, so weights travel both ways unchanged.
 
 Letters in the shape comments:
-    N  pictures in the batch    C  channels    H, W  size of the picture    h, w  size of a feature map (latents: 1/8)
+    N  images in the batch    C  channels    H, W  size of the image    h, w  size of a feature map (latents: 1/8)
 
-`python vae_model.py stabilityai/sd-vae-ft-mse` (or a folder, or a file) writes `vae_model.pth`.
+Spaces: pixels in [-1, 1] → `encode` → raw latents → `scale_latents` → latents of unit variance, which the U-Net sees.
+
+`VAE.load` reads the `vae_model.pth` that `VAE.save` writes; `published.load_vae` reads everybody else's files as well.
 """
 
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from pretrained_files import load_strict, locate, read_checkpoint, read_folder_weights, read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Blocks
@@ -53,7 +52,8 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, for the name "to_out.0" of the field
+        # A list, so that the weight is called `to_out.0` as in published files.
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, hw, C)
@@ -122,7 +122,7 @@ class Level(nn.Module):
 
 @dataclass
 class VAEConfig:
-    """The shape of an autoencoder; the defaults are Stable Diffusion's. One `block_out_channels` a resolution."""
+    """The shape of an autoencoder, finest resolution first; the defaults are Stable Diffusion's."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -130,7 +130,7 @@ class VAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # 1/std of the raw latents: what the U-Net sees has unit variance
+    scaling_factor: float = 0.18215  # 1/std of the raw latents, see `VAE.scale_latents`
 
     def __post_init__(self) -> None:
         self.block_out_channels = tuple(self.block_out_channels)
@@ -142,54 +142,12 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """How many pixels of the picture, across, one latent stands for: 8."""
+        """Pixels per latent, along each side: 8."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-    @classmethod
-    def from_diffusers(cls, config: dict) -> "VAEConfig":
-        """Reads the `config.json` of an `AutoencoderKL`; raises ValueError at an option we do not implement."""
-        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in _WITHOUT_EFFECT}
-        own = {k: config.pop(k) for k in list(config) if k in cls.__dataclass_fields__}
-        levels = len(own.get("block_out_channels", (64,)))
-        fixed = _FIXED | {
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
-        for name, value in config.items():
-            value = list(value) if isinstance(value, tuple) else value
-            if name not in fixed or value != fixed[name]:
-                raise ValueError(f"vae/config.json: the option {name}={value!r} is not supported by this VAE.")
-        # What diffusers takes where its config is silent.
-        return cls(**({"block_out_channels": (64,), "layers_per_block": 1} | own))
-
-    def to_diffusers(self) -> dict:
-        """The `config.json` with which diffusers' `AutoencoderKL` builds the same network."""
-        levels = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            **asdict(self),
-            "block_out_channels": list(self.block_out_channels),
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "sample_size": 512,
-        }
-
-
-# Options of a foreign config whose only supported value is the one Stable Diffusion uses.
-_FIXED = {
-    "act_fn": "silu",
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
-_WITHOUT_EFFECT = {"sample_size", "force_upcast"}  # a size hint, and a wish about float16: we decode in float32 or bf16
 
 
 class Encoder(nn.Module):
-    """Pictures (N, 3, H, W) → means and log-variances before `quant_conv` (N, 2·4, H/8, W/8)."""
+    """Images (N, 3, H, W) → means and log-variances before `quant_conv` (N, 2·4, H/8, W/8)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -214,7 +172,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after `post_quant_conv` (N, 4, h, w) → pictures (N, 3, 8h, 8w)."""
+    """Latents after `post_quant_conv` (N, 4, h, w) → images (N, 3, 8h, 8w)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -243,7 +201,7 @@ class Decoder(nn.Module):
 
 
 class DiagonalGaussian:
-    """The posterior q(z|x) of each latent, independent given the picture: mean and log-variance (N, 4, h, w)."""
+    """The posterior q(z|x), independent for each latent: mean and log-variance (N, 4, h, w)."""
 
     def __init__(self, mean: Tensor, logvar: Tensor) -> None:
         self.mean = mean
@@ -251,17 +209,18 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
-        """From both stacked along the channels (N, 8, h, w)."""
+        """From mean and log-variance stacked along the channels (N, 8, h, w)."""
         return cls(*moments.chunk(2, dim=1))
 
     @property
     def moments(self) -> Tensor:
         return torch.cat([self.mean, self.logvar], dim=1)  # (N, 8, h, w)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std · ε, drawn on the generator's device (Kingma & Welling 2014, Equation 10)."""
-        device = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """mean + std · ε (Kingma & Welling 2014, Equation 10); ε is `noise`, or drawn on the generator's device."""
+        if noise is None:
+            device = generator.device if generator is not None else self.mean.device
+            noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
 
     def mode(self) -> Tensor:
@@ -269,12 +228,12 @@ class DiagonalGaussian:
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL(q(z|x) ‖ N(0, I)) of each picture, summed over its latents, in nats: (N,) (same paper, Appendix B)."""
+        """KL(q(z|x) ‖ N(0, I)) of each image, summed over its latents, in nats: (N,) (same paper, Appendix B)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
 class VAE(nn.Module):
-    """Pictures in [-1, 1] to raw latents and back; the scaling factor is applied by `StableDiffusion`, not here."""
+    """Images in [-1, 1] to raw latents and back; raw latents to unit variance and back."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -289,18 +248,26 @@ class VAE(nn.Module):
         f = self.config.downsampling
         if images.shape[-2] % f or images.shape[-1] % f:
             raise ValueError(
-                f"pictures of {images.shape[-1]}×{images.shape[-2]}: width and height must be divisible by {f}."
+                f"images of {images.shape[-1]}×{images.shape[-2]}: width and height must be divisible by {f}."
             )
         return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
 
+    def scale_latents(self, raw_latents: Tensor) -> Tensor:
+        """Raw latents, or their means → unit variance, as the U-Net sees them (Rombach et al. 2022, Appendix G)."""
+        return raw_latents * self.config.scaling_factor
+
+    def unscale_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `scale_latents`: what `decode` expects."""
+        return latents / self.config.scaling_factor
+
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (N, 4, h, w) → pictures (N, 3, 8h, 8w) in about [-1, 1]."""
+        """Raw latents (N, 4, h, w) → images (N, 3, 8h, 8w) in about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents))
 
     def decode_tiled(self, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-        """`decode` for large pictures, tile by tile, so that memory does not grow with the picture.
+        """`decode` for large images, tile by tile, so that memory does not grow with the image.
 
-        Tiles of `tile`×`tile` latents overlap by `overlap` and are cross-faded there with linear ramps. Attention and
+        Tiles of `tile`×`tile` latents overlap by `overlap` and are blended there with linear ramps. Attention and
         group norms see one tile at a time, so the result is close to `decode`, not equal.
         """
         n, _, h, w = latents.shape
@@ -324,27 +291,22 @@ class VAE(nn.Module):
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path_or_hub_id: str | os.PathLike) -> "VAE":
-        """Reads `vae_model.pth`, a diffusers folder (or a pipeline's, with `vae/` in it), a single file, or a hub id.
+    def load(cls, path: str | os.PathLike) -> "VAE":
+        """Reads what `save` wrote: in float32, on the CPU, in eval mode.
 
-        The VAE comes in float32, on the CPU, in eval mode. A wrong or damaged file raises a one-sentence ValueError,
-        a missing one FileNotFoundError.
+        FileNotFoundError if there is no such file, ValueError if it is damaged or another kind of file.
         """
-        path = locate(path_or_hub_id, "the VAE")
-        if path.is_dir():
-            folder = path / "vae" if (path / "vae").is_dir() else path
-            config = VAEConfig.from_diffusers(read_json(folder / "config.json"))
-            tensors = read_folder_weights(folder, "diffusion_pytorch_model")
-        else:
-            tensors, rest = read_checkpoint(path)
-            if isinstance(rest.get("config"), dict):
-                config = VAEConfig(**rest["config"])
-            else:
-                from ldm_checkpoint import read_ldm_vae  # the original layout is a room of its own, seldom entered
-
-                config, tensors = read_ldm_vae(path)
-        vae = cls(config)
-        load_strict(vae, tensors, path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is not a file; published.load_vae also takes folders and hub ids.")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)  # runs nothing that the file contains
+            vae = cls(VAEConfig(**content["config"]))
+            vae.load_state_dict(content["state_dict"], strict=True)
+        except Exception as error:  # a damaged file can fail anywhere
+            raise ValueError(
+                f"{path} is damaged or was not written by VAE.save ({type(error).__name__}); published.load_vae reads "
+                "other kinds of files."
+            ) from error
         return vae.eval()
 
 
@@ -354,17 +316,9 @@ def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _fade(length: int, ramp: int, like: Tensor) -> Tensor:
-    """Weights that rise over `ramp` pixels from the edge: (length,). Never 0, so that lone edges keep their tile."""
+    """Weights that rise over `ramp` pixels from both ends: (length,).
+
+    Weights stay above 0, so every output pixel has at least one tile.
+    """
     distance = torch.arange(1, length + 1, device=like.device, dtype=like.dtype)
     return torch.minimum(distance, distance.flip(0)).clamp(max=ramp) / ramp
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python vae_model.py FOLDER|FILE|HUB_ID [vae_model.pth]")
-    target = sys.argv[2] if len(sys.argv) == 3 else "vae_model.pth"
-    try:
-        VAE.load(sys.argv[1]).save(target)
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
-    print(f"wrote {target}")

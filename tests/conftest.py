@@ -1,4 +1,4 @@
-"""What every test shares: the repository on the path, no network, no W&B, and the real pictures if they are there."""
+"""What every test shares: the repository on the path, no network, no W&B, and the real images if they are there."""
 
 import os
 import signal
@@ -33,8 +33,8 @@ def _own_signal_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pokemon_folder() -> Path:
-    """The real captioned pictures, which are not part of the repository; tests that need them skip without."""
+    """The real captioned images, which are not part of the repository; tests that need them skip without."""
     folder = ROOT.parent / "shared" / "pokemon"
     if not folder.is_dir():
-        pytest.skip("the real pictures are not beside this checkout")
+        pytest.skip("the real images are not beside this checkout")
     return folder

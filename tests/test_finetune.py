@@ -3,16 +3,15 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 
-import memory_forecast
 import train_stable_diffusion as script
 from diffusion_model import UNet, UNetConfig
-from memory_forecast import Forecast, Meter, forecast, rehearse_step
 from stable_diffusion_model import StableDiffusion
 from tests.test_interchange import (
     SD1_SCHEDULER,
@@ -26,6 +25,9 @@ from tests.test_interchange import (
     theirs,
     weights,
 )
+from training import memory_forecast
+from training.memory_forecast import Forecast, Meter, forecast, rehearse_step
+from training.run_folder import load_checkpoint
 
 ZERO_SNR = SD2_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -77,7 +79,7 @@ def finetune(pretrained: Path | str, output: Path, *more: str) -> Path:
 
 
 @pytest.mark.parametrize(("source", "scheduler"), [("sd1", SD1_SCHEDULER), ("zero SNR", ZERO_SNR), ("file", {})])
-def test_what_was_finetuned_opens_in_diffusers_and_gives_the_same_picture(sources, tmp_path, source, scheduler):
+def test_what_was_finetuned_opens_in_diffusers_and_gives_the_same_image(sources, tmp_path, source, scheduler):
     before = StableDiffusion.from_pretrained(sources[source], device="cpu")
     model, pipe = open_both(finetune(sources[source], tmp_path / "run"))
     assert model.schedule == before.schedule
@@ -101,7 +103,7 @@ def test_memory_may_be_traded_without_changing_the_steps(sources, tmp_path):
     frugal = StableDiffusion.from_pretrained(finetune(sources["sd1"], tmp_path / "frugal", *quiet), "cpu")
     lavish = ("--gradient_checkpointing", "False", "--gradient_accumulation", "1", "--ema_decay", "0.9", "--ema_on_cpu")
     finetune(sources["sd1"], tmp_path / "lavish", *quiet, *lavish)
-    trained = torch.load(tmp_path / "lavish" / "training_state.pt", weights_only=True)["unet"]
+    trained = load_checkpoint(tmp_path / "lavish", torch.device("cpu"))["unet"]
     before = StableDiffusion.from_pretrained(sources["sd1"], "cpu").unet.state_dict()
     step, other = (
         torch.cat([(after[name] - before[name]).flatten() for name in before])
@@ -110,7 +112,7 @@ def test_memory_may_be_traded_without_changing_the_steps(sources, tmp_path):
     assert (step - other).norm() < 0.02 * step.norm()
 
 
-def test_a_handful_of_real_pictures(sources, tmp_path, pokemon_folder):
+def test_a_handful_of_real_images(sources, tmp_path, pokemon_folder):
     rows = [json.loads(line) for line in (pokemon_folder / "metadata.jsonl").read_text().splitlines()[:5]]
     (tmp_path / "five").mkdir()
     for row in rows:
@@ -131,7 +133,7 @@ def test_a_handful_of_real_pictures(sources, tmp_path, pokemon_folder):
 def test_a_run_goes_on_with_its_average_or_without(sources, tmp_path, first, then):
     finetune(sources["sd1"], tmp_path / "run", "--ema_decay", first, "--max_steps", "1")
     finetune(sources["sd1"], tmp_path / "run", "--ema_decay", then, "--max_steps", "2", "--resume")
-    state = torch.load(tmp_path / "run" / "training_state.pt", weights_only=True)
+    state = load_checkpoint(tmp_path / "run", torch.device("cpu"))
     assert state["step"] == 2 and ("ema" in state) == (then != "0")
 
 
@@ -254,8 +256,9 @@ def test_a_rehearsal_that_fails_keeps_nobody_from_training(monkeypatch):
     assert "activations not foreseen" in text and "AdamW" in text
 
 
-def test_the_forecast_is_said_before_the_first_step(sources, tmp_path, capsys):
+def test_the_forecast_is_said_before_the_first_step(sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
     finetune(sources["sd1"], tmp_path / "run", "--max_steps", "1")
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "not foreseen" not in said
-    assert 0 < said.index("Memory: about") < said.index("1/1 ")
+    assert 0 < said.index("Memory: about") < said.index("step 1/1: loss")

@@ -26,8 +26,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
+from published import load_vae
 from stable_diffusion_model import StableDiffusion
-from vae_model import VAE
 
 PROMPT, NEGATIVE = "a small red fox", "blue water"
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++2m": DPMSolverMultistepScheduler}
@@ -127,18 +127,18 @@ def folder(sd1, tmp_path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same picture here and there
+# The same image here and there
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def ours(model: StableDiffusion, sampler: str, **options) -> tuple[torch.Tensor, np.ndarray]:
-    """(latents after the last step, picture) of our own sampling."""
+    """(latents after the last step, image) of our own sampling."""
     seen = []
-    (picture,) = model.sample(
+    (image,) = model.sample(
         [PROMPT], negative_prompts=[NEGATIVE], steps=5, sampler=sampler, guidance_scale=6.0, seeds=3, height=64,
         width=64, progress=False, callback=lambda step, t, x, x0: seen.append(x), **options,
     )  # fmt: skip
-    return seen[-1], np.asarray(picture).astype(int)
+    return seen[-1], np.asarray(image).astype(int)
 
 
 def theirs(pipe: StableDiffusionPipeline, sampler: str) -> tuple[torch.Tensor, np.ndarray]:
@@ -152,18 +152,18 @@ def theirs(pipe: StableDiffusionPipeline, sampler: str) -> tuple[torch.Tensor, n
         seen.append(values["latents"])
         return values
 
-    picture = pipe(
+    image = pipe(
         PROMPT, negative_prompt=NEGATIVE, num_inference_steps=5, guidance_scale=6.0, height=64, width=64,
         generator=torch.Generator("cpu").manual_seed(3), callback_on_step_end=look,
     ).images[0]  # fmt: skip
-    return seen[-1], np.asarray(picture).astype(int)
+    return seen[-1], np.asarray(image).astype(int)
 
 
 def assert_same(here: tuple[torch.Tensor, np.ndarray], there: tuple[torch.Tensor, np.ndarray]) -> None:
     relative = (here[0] - there[0]).norm() / there[0].norm()
     assert relative < 1e-3, f"latents differ by {relative:.2g}"
     assert (np.abs(here[1] - there[1]) <= 1).mean() >= 0.999
-    assert here[1].std() > 5  # a picture, not a plain grey
+    assert here[1].std() > 5  # an image, not a plain grey
 
 
 def open_both(folder: Path) -> tuple[StableDiffusion, StableDiffusionPipeline]:
@@ -172,7 +172,7 @@ def open_both(folder: Path) -> tuple[StableDiffusion, StableDiffusionPipeline]:
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("version", ["sd1", "sd2"])
-def test_a_published_folder_gives_the_same_picture_as_in_diffusers(request, version, sampler):
+def test_a_published_folder_gives_the_same_image_as_in_diffusers(request, version, sampler):
     model, pipe = open_both(request.getfixturevalue(version))
     assert model.schedule.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[version]
     assert_same(ours(model, sampler), theirs(pipe, sampler))
@@ -180,7 +180,7 @@ def test_a_published_folder_gives_the_same_picture_as_in_diffusers(request, vers
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_full_size_gives_the_same_picture_as_in_diffusers(tmp_path, version):
+def test_the_full_size_gives_the_same_image_as_in_diffusers(tmp_path, version):
     """860 M parameters and more, twice, in float32: about 10 GB of memory and 5 GB of disk."""
     model, pipe = open_both(make_folder(tmp_path / "sd", version, full_size=True))
     count = sum(parameter.numel() for parameter in model.unet.parameters())
@@ -275,7 +275,7 @@ def test_what_a_folder_need_not_hold(folder):
 
 
 @pytest.mark.parametrize("version", ["sd1", "sd2"])
-def test_what_is_saved_here_opens_in_diffusers_and_gives_the_same_picture(request, tmp_path, version):
+def test_what_is_saved_here_opens_in_diffusers_and_gives_the_same_image(request, tmp_path, version):
     model = StableDiffusion.from_pretrained(request.getfixturevalue(version), device="cpu")
     model.save_pretrained(tmp_path / "ours")
     again, pipe = open_both(tmp_path / "ours")
@@ -286,7 +286,7 @@ def test_what_is_saved_here_opens_in_diffusers_and_gives_the_same_picture(reques
 
 
 @pytest.mark.parametrize("version", ["sd1", "sd2"])
-def test_one_file_gives_the_same_picture_here_and_in_diffusers(request, tmp_path, version):
+def test_one_file_gives_the_same_image_here_and_in_diffusers(request, tmp_path, version):
     source = request.getfixturevalue(version)
     model = StableDiffusion.from_pretrained(source, device="cpu")
     path = tmp_path / "model.safetensors"
@@ -303,7 +303,7 @@ def test_one_file_gives_the_same_picture_here_and_in_diffusers(request, tmp_path
 
 
 def test_a_vae_is_taken_from_wherever_there_is_one(sd1, tmp_path):
-    wanted = VAE.load(sd1).state_dict()
+    wanted = load_vae(sd1).state_dict()
     model = StableDiffusion.from_pretrained(sd1, device="cpu")
     model.export(tmp_path / "model.safetensors")
     whole = load_file(tmp_path / "model.safetensors")
@@ -312,11 +312,11 @@ def test_a_vae_is_taken_from_wherever_there_is_one(sd1, tmp_path):
     save_file(alone, tmp_path / "vae-ft-mse.safetensors")
     torch.save({"state_dict": alone}, tmp_path / "vae-ft-mse.ckpt")
     for path in (sd1 / "vae", tmp_path / "model.safetensors", *tmp_path.glob("vae-ft-mse.*")):
-        assert_equal(VAE.load(path).state_dict(), wanted)
+        assert_equal(load_vae(path).state_dict(), wanted)
 
-    command = [sys.executable, "vae_model.py", tmp_path / "vae-ft-mse.safetensors", tmp_path / "vae_model.pth"]
+    command = [sys.executable, "-m", "published", tmp_path / "vae-ft-mse.safetensors", tmp_path / "vae_model.pth"]
     subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
-    assert_equal(VAE.load(tmp_path / "vae_model.pth").state_dict(), {n: t.half().float() for n, t in wanted.items()})
+    assert_equal(load_vae(tmp_path / "vae_model.pth").state_dict(), {n: t.half().float() for n, t in wanted.items()})
 
 
 def test_a_file_without_a_tokenizer_beside_it_says_what_it_misses(sd1, tmp_path):
@@ -371,7 +371,7 @@ def test_bad_weights_are_refused(folder, tmp_path):
     refused(folder, UNET_FILE)
     shutil.copy(folder / "unet" / "diffusion_pytorch_model.bin", tmp_path / "model.ckpt")
     refused(tmp_path / "model.ckpt", "mkdir")
-    refused(tmp_path / "model.ckpt", "mkdir", load=VAE.load)
+    refused(tmp_path / "model.ckpt", "mkdir", load=load_vae)
     assert not trap.exists()
 
 

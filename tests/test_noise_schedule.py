@@ -1,5 +1,6 @@
 """The noise schedule against diffusers' DDPMScheduler, its own inverses, and the end where formulas divide by zero."""
 
+import functools
 import itertools
 
 import diffusers
@@ -7,7 +8,8 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from diffusion_model import NoiseSchedule
+from noise_schedule import NoiseSchedule, epsilon_from_prediction, noised, velocity, x0_from_prediction
+from published import noise_schedule, schedule_dict
 
 CURVES = {
     "scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012},
@@ -25,7 +27,7 @@ def pair(schedule: str, prediction_type: str = "epsilon", zero: bool = False, n:
     return ours, theirs
 
 
-def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+def images() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(len(T), 4, 5, 3), torch.randn(len(T), 4, 5, 3)
 
 
@@ -43,7 +45,7 @@ def test_zero_terminal_snr_tables_are_those_of_diffusers(schedule):
     ours, theirs = pair(schedule, "v_prediction", zero=True)
     torch.testing.assert_close(ours.betas, theirs.betas, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
-    assert ours.alphas_cumprod[-1] == 0  # nothing of the picture is left, exactly
+    assert ours.alphas_cumprod[-1] == 0  # nothing of the image is left, exactly
     untouched, _ = pair(schedule)
     torch.testing.assert_close(ours.alphas_cumprod[0], untouched.alphas_cumprod[0])  # while the first level stays
 
@@ -63,7 +65,7 @@ def test_known_constants_of_stable_diffusion():
 @pytest.mark.parametrize("schedule", CURVES)
 def test_noise_and_velocity_are_those_of_diffusers(schedule, zero):
     ours, theirs = pair(schedule, "v_prediction", zero)
-    x0, noise = pictures()
+    x0, noise = images()
     torch.testing.assert_close(ours.add_noise(x0, noise, T), theirs.add_noise(x0, noise, T), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.target(x0, noise, T), theirs.get_velocity(x0, noise, T), rtol=1e-4, atol=1e-5)
     as_epsilon, _ = pair(schedule)
@@ -89,7 +91,7 @@ KINDS = [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
 def test_predictions_turn_back_into_what_made_them(prediction_type, zero):
     """The perfect prediction at any t gives x_0 and ε back; at zero SNR, where x_t has lost x_0, v still does."""
     schedule, _ = pair("scaled_linear", prediction_type, zero)
-    x0, noise = pictures()
+    x0, noise = images()
     x0, noise = x0.double(), noise.double()
     x_t = schedule.add_noise(x0, noise, T)
     target = schedule.target(x0, noise, T)
@@ -98,8 +100,35 @@ def test_predictions_turn_back_into_what_made_them(prediction_type, zero):
     assert torch.equal(schedule.add_noise(x0, noise, torch.full((len(T),), 999)), noise) == zero
 
 
+@pytest.mark.parametrize(("prediction_type", "zero"), KINDS)
+def test_training_and_samplers_compute_the_same(prediction_type, zero):
+    """The equations at a float ᾱ, as samplers call them, and at timesteps, as training does."""
+    schedule, _ = pair("scaled_linear", prediction_type, zero)
+    x0, noise = images()
+    x_t, target = schedule.add_noise(x0, noise, T), schedule.target(x0, noise, T)
+    for i, t in enumerate(T):
+        alpha_bar, one = schedule.alphas_cumprod[t].item(), slice(i, i + 1)
+        close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+        close(noised(x0[one], noise[one], alpha_bar), x_t[one])
+        wanted = noise[one] if prediction_type == "epsilon" else velocity(x0[one], noise[one], alpha_bar)
+        close(target[one], wanted)
+        predicted = target[one], x_t[one], alpha_bar, prediction_type
+        close(x0_from_prediction(*predicted), schedule.to_x0(target, x_t, T)[one])
+        close(epsilon_from_prediction(*predicted), schedule.to_epsilon(target, x_t, T)[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_results_have_the_type_of_what_was_given(dtype):
+    schedule, _ = pair("scaled_linear", "v_prediction")
+    x0, noise = (v.to(dtype) for v in images())
+    x_t, target = schedule.add_noise(x0, noise, T), schedule.target(x0, noise, T)
+    found = schedule.to_x0(target, x_t, T), schedule.to_epsilon(target, x_t, T)
+    assert {tensor.dtype for tensor in (x_t, target, *found)} == {dtype}
+    torch.testing.assert_close(found[0].double(), x0.double(), rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 4, 5, 6)])
-def test_each_picture_has_its_own_timestep(shape):
+def test_each_image_has_its_own_timestep(shape):
     schedule, t = NoiseSchedule(), torch.tensor([5, 500, 995])
     x0, noise = torch.randn(shape), torch.randn(shape)
     together = schedule.add_noise(x0, noise, t)
@@ -132,7 +161,7 @@ def test_min_snr_weights(gamma):
 def test_min_snr_weighs_every_target_like_the_same_loss_on_x0(prediction_type):
     """weight · |error of the prediction|² = min(SNR, γ) · |error of x_0|², whatever the model predicts."""
     schedule, _ = pair("scaled_linear", prediction_type)
-    x0, noise = (v.double() for v in pictures())
+    x0, noise = (v.double() for v in images())
     x_t, target = schedule.add_noise(x0, noise, T), schedule.target(x0, noise, T)
     prediction = target + 0.1 * torch.randn_like(target)
     in_prediction = (prediction - target).pow(2).mean((1, 2, 3))
@@ -141,7 +170,7 @@ def test_min_snr_weighs_every_target_like_the_same_loss_on_x0(prediction_type):
     torch.testing.assert_close(weighted, schedule.snr(T).clamp(max=5.0) * in_x0, rtol=1e-4, atol=1e-9)
 
 
-def test_weights_are_finite_where_nothing_of_the_picture_is_left():
+def test_weights_are_finite_where_nothing_of_the_image_is_left():
     schedule, _ = pair("scaled_linear", "v_prediction", zero=True)
     weights = schedule.loss_weight(torch.arange(1000), 5.0)
     assert torch.isfinite(weights).all() and (weights >= 0).all() and (weights <= 1).all()
@@ -151,15 +180,15 @@ def test_weights_are_finite_where_nothing_of_the_picture_is_left():
 def test_config_survives_the_round_trip_and_opens_in_diffusers():
     for curve, (prediction_type, zero) in itertools.product(CURVES, KINDS):
         schedule, _ = pair(curve, prediction_type, zero)
-        config = schedule.to_diffusers()
-        assert NoiseSchedule.from_diffusers(config) == schedule
+        config = schedule_dict(schedule)
+        assert noise_schedule(config) == schedule
         theirs = diffusers.DDPMScheduler.from_config(config)
         torch.testing.assert_close(theirs.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-4, atol=1e-7)
         assert theirs.config.prediction_type == prediction_type
 
 
 def test_a_silent_config_means_what_diffusers_takes_it_for():
-    schedule, theirs = NoiseSchedule.from_diffusers({}), diffusers.DDPMScheduler()
+    schedule, theirs = noise_schedule({}), diffusers.DDPMScheduler()
     assert torch.equal(schedule.alphas_cumprod, theirs.alphas_cumprod)
     assert schedule.prediction_type == theirs.config.prediction_type
 
@@ -169,7 +198,7 @@ def test_bad_options_are_refused_by_name():
         ("prediction_type", lambda: NoiseSchedule(prediction_type="sample")),
         ("schedule", lambda: NoiseSchedule(schedule="sigmoid")),
         ("zero_terminal_snr", lambda: NoiseSchedule(zero_terminal_snr=True)),
-        ("trained_betas", lambda: NoiseSchedule.from_diffusers({"trained_betas": [0.1]})),
+        ("trained_betas", lambda: noise_schedule({"trained_betas": [0.1]})),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -32,6 +32,7 @@ from text_encoder import TextEncoder
 from training.background import Progress, in_order
 from training.encoded_cache import EncodedCache, encode_missing, fingerprint, tokenizer_fingerprint
 from training.image_files import decode
+from training.presets import DEFAULT_DATASET
 from training.reproducible import Processes
 from training.script import UserError
 from vae_model import VAE
@@ -177,8 +178,8 @@ def test_caption_column_is_found_or_named(folder: Path) -> None:
 def test_a_folder_in_the_layout_of_the_hub(folder: Path, tmp_path: Path) -> None:
     """Parquet files with the images in them; the same images have the same place in the cache as those of a folder."""
     cells = [{"bytes": (folder / name).read_bytes(), "path": None} for name in CAPTIONS]
-    columns = {"picture": cells, "en_text": list(CAPTIONS.values()), "label": [1, 2, 3]}
-    kinds = {"picture": datasets.Image(), "en_text": datasets.Value("string"), "label": datasets.Value("int64")}
+    columns = {"image": cells, "en_text": list(CAPTIONS.values()), "label": [1, 2, 3]}
+    kinds = {"image": datasets.Image(), "en_text": datasets.Value("string"), "label": datasets.Value("int64")}
     table = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
     (tmp_path / "hub" / "data").mkdir(parents=True)
     table.to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))
@@ -229,7 +230,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_cache_when_the_hub_is_not_there(
 
 def test_the_default_set_offline_says_what_to_do() -> None:
     with pytest.raises(UserError, match=r"svjack.*--dataset monsters"):
-        load_captioned_images(pokemon_dataset.DEFAULT_DATASET)
+        load_captioned_images(DEFAULT_DATASET)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,7 +426,9 @@ def test_each_image_gathers_its_own_row_mirror_and_caption(tmp_path: Path, model
         assert torch.equal(moments[row], (mirrored if flip[row] else upright)[i])
         assert torch.equal(context[row], (dropped if drop[row] else contexts)[i])
     scaled = torch.cat([upright, mirrored])[:, :4].mean(dim=(0, 2, 3)) * 0.5
-    torch.testing.assert_close(torch.tensor(data.mean(0.5)), scaled)
+    vae = tiny_vae()
+    vae.config.scaling_factor = 0.5
+    torch.testing.assert_close(torch.tensor(data.mean(vae)), scaled)
 
 
 def test_bits_depend_neither_on_neighbours_nor_on_threads(tmp_path: Path, models: tuple) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import samplers
-from diffusion_model import NoiseSchedule
+from noise_schedule import NoiseSchedule
+from published import noise_schedule, schedule_dict
 from samplers import KARRAS_SAMPLERS, SAMPLERS, SPACINGS, TimestepGrid, grid_options, inpainting, timestep_grid
 
 DIFFUSERS = {
@@ -50,7 +51,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def scheduler_of(name: str, schedule: NoiseSchedule, **options) -> diffusers.SchedulerMixin:
     """Diffusers' counterpart with Stable Diffusion 1.x's options, unless `options` say otherwise."""
     own = {"ddpm": {"clip_sample": False}, "ddim": {"clip_sample": False, "set_alpha_to_one": False}}.get(name, {})
-    return DIFFUSERS[name](**{**schedule.to_diffusers(), "steps_offset": 1, **own, **options})
+    return DIFFUSERS[name](**{**schedule_dict(schedule), "steps_offset": 1, **own, **options})
 
 
 def their_loop(scheduler, steps: int, noise: Tensor, *, strength=None, original=None, mask=None, eta=0.0, seen=None):
@@ -124,9 +125,9 @@ def compare(name: str, schedule: NoiseSchedule, steps: int, *, eta=0.0, large_si
         asked.append(t)
         return model(x, t)
 
-    walk = timestep_grid(name, schedule, steps, **options)
-    result = SAMPLERS[name](predict, walk.start(noise), schedule, walk, noise=step_noise, eta=eta)
-    assert asked == list(walk.timesteps)
+    grid = timestep_grid(name, schedule, steps, **options)
+    result = SAMPLERS[name](predict, grid.start(noise), schedule, grid, noise=step_noise, eta=eta)
+    assert asked == list(grid.timesteps)
     assert asked == pytest.approx(seen, abs=1e-3)  # whole ones exactly; Karras sigmas make fractions
     return difference(result, expected)
 
@@ -586,7 +587,7 @@ PUBLISHED = {
 def test_a_folders_options_mean_what_they_mean_to_diffusers(name, folder):
     config = {**PUBLISHED[folder], **{"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}}
     config |= {"beta_schedule": "scaled_linear", "_class_name": "PNDMScheduler"}
-    schedule = NoiseSchedule.from_diffusers(config)
+    schedule = noise_schedule(config)
     theirs = their_loop(DIFFUSERS[name].from_config(dict(config)), 20, unit(0))
     grid = timestep_grid(name, schedule, 20, **grid_options(name, config))
     ours = SAMPLERS[name](model, grid.start(unit(0)), schedule, grid, noise=step_noise)

@@ -1,5 +1,5 @@
 """What `StableDiffusion.sample` promises: diffusers' latents from the same weights and noise, exact masks, a seed's
-picture whatever its neighbours, and one sentence for whatever cannot be done."""
+image whatever its neighbours, and one sentence for whatever cannot be done."""
 
 import inspect
 import math
@@ -24,7 +24,8 @@ from PIL import Image
 from tiny import tiny_model
 
 from guidance import Guidance
-from images import image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
+from images import format_parameters, image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
+from published import schedule_dict, unet_dict, vae_dict
 from samplers import SAMPLERS
 from stable_diffusion_model import StableDiffusion, slerp
 from text_encoder import split_weights
@@ -64,7 +65,7 @@ def calls(model) -> list[int]:
     hook.remove()
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (72, 64), mode: str = "RGB") -> Image.Image:
+def image(seed: int = 0, size: tuple[int, int] = (72, 64), mode: str = "RGB") -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     return Image.fromarray(noise).convert(mode)
 
@@ -77,7 +78,7 @@ def half_mask(size: tuple[int, int] = (72, 64)) -> Image.Image:
 
 
 def sample(model: StableDiffusion, prompts=PROMPTS, **options) -> tuple[torch.Tensor, list[Image.Image]]:
-    """(latents after the last step, pictures)."""
+    """(latents after the last step, images)."""
     seen = []
     settings = {"steps": 4, "seeds": SEEDS[: len(prompts)], "progress": False, **SIZE} | options
     made = model.sample(prompts, **settings, callback=lambda step, t, x, x0: seen.append(x))
@@ -100,11 +101,11 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def theirs(kind: type, model: StableDiffusion, sampler: str, **options) -> torch.Tensor:
     """Final latents of one of diffusers' pipelines with our weights and our encodings of the prompts."""
-    unet = UNet2DConditionModel(**model.unet.config.to_diffusers())
-    vae = AutoencoderKL(**model.vae.config.to_diffusers())
+    unet = UNet2DConditionModel(**unet_dict(model.unet.config))
+    vae = AutoencoderKL(**vae_dict(model.vae.config))
     unet.load_state_dict(model.unet.state_dict())
     vae.load_state_dict(model.vae.state_dict())
-    scheduler = SCHEDULERS[sampler].from_config(model.scheduler_config | model.schedule.to_diffusers())
+    scheduler = SCHEDULERS[sampler].from_config(model.scheduler_config | schedule_dict(model.schedule))
     arguments = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = kind(vae=vae.eval(), text_encoder=None, tokenizer=None, unet=unet.eval(), scheduler=scheduler, **arguments)
     pipe.set_progress_bar_config(disable=True)
@@ -134,14 +135,14 @@ class TestLatentsAreThoseOfDiffusers:
 
     @pytest.mark.parametrize("strength", [0.5, 1.0])
     def test_image_to_image(self, request, name, sampler, strength):
-        model, start = request.getfixturevalue(name), [picture(0), picture(1)]
+        model, start = request.getfixturevalue(name), [image(0), image(1)]
         here, _ = sample(model, negative_prompts=NEGATIVE, sampler=sampler, init_images=start, strength=strength)
         there = theirs(StableDiffusionImg2ImgPipeline, model, sampler, image=start, strength=strength)
         assert close(here, there)
 
     @pytest.mark.parametrize("strength", [0.75, 1.0])
     def test_inpainting(self, request, name, sampler, strength):
-        model, start, mask = request.getfixturevalue(name), [picture(0), picture(1)], half_mask()
+        model, start, mask = request.getfixturevalue(name), [image(0), image(1)], half_mask()
         here, _ = sample(
             model, negative_prompts=NEGATIVE, sampler=sampler, init_images=start, masks=mask, strength=strength
         )
@@ -211,7 +212,7 @@ def test_guidance_between_two_noise_levels(model, calls):
 
 
 def test_rescaled_guidance_restores_the_conditional_spread():
-    """Lin et al. 2024: at φ = 1 the guided prediction is as wide as the conditional one, picture by picture."""
+    """Lin et al. 2024: at φ = 1 the guided prediction is as wide as the conditional one, image by image."""
     torch.manual_seed(0)
     without, words = torch.randn(2, 2, 4, 8, 8)
     plain, half, full = (Guidance(9.0, rescale).combine(without, words) for rescale in (0.0, 0.5, 1.0))
@@ -231,13 +232,13 @@ def test_rescaled_guidance_restores_the_conditional_spread():
 def test_steps_asked_are_steps_taken(model, calls, sampler):
     for steps in (1, 2, 3, 7, 20, 50):
         calls.clear()
-        told = []
+        reported = []
         model.sample(
             ["x"], steps=steps, sampler=sampler, height=8, width=8, progress=False,
-            callback=lambda step, t, x, x0, told=told: told.append(step),
+            callback=lambda step, t, x, x0, reported=reported: reported.append(step),
         )  # fmt: skip
         assert len(calls) == steps
-        assert told == list(range(steps))
+        assert reported == list(range(steps))
 
 
 def test_image_to_image_takes_its_share_of_the_steps(model, calls):
@@ -245,17 +246,17 @@ def test_image_to_image_takes_its_share_of_the_steps(model, calls):
         calls.clear()
         if taken is None:
             with pytest.raises(ValueError, match="strength"):
-                sample(model, ["x"], steps=steps, strength=strength, init_images=picture())
+                sample(model, ["x"], steps=steps, strength=strength, init_images=image())
         else:
-            sample(model, ["x"], steps=steps, strength=strength, init_images=picture())
+            sample(model, ["x"], steps=steps, strength=strength, init_images=image())
         assert len(calls) == (taken or 0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_has_the_bits_of_its_seed_whatever_its_neighbours(model, sampler):
+def test_an_image_has_the_bits_of_its_seed_whatever_its_neighbours(model, sampler):
     """The guarantee on a CPU; on a GPU, batched matrix kernels may sum in another order."""
     prompts, seeds = ["a red fox", "blue (bird:1.4)", "", "a red fox"], [3, 8, 5, 3]
-    starts = [picture(k) for k in range(4)]
+    starts = [image(k) for k in range(4)]
     for options in ({}, {"init_images": starts, "masks": [half_mask()] * 4, "strength": 0.8}):
         together, made = sample(model, prompts, seeds=seeds, sampler=sampler, **options)
         for k in (0, 1, 2):
@@ -314,13 +315,13 @@ def _copy_of(model: StableDiffusion) -> StableDiffusion:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures to start from
+# Images to start from
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 def test_outside_the_mask_the_original_returns_exactly(model, mode):
-    originals, mask = [picture(k, mode=mode) for k in (0, 1)], half_mask()
+    originals, mask = [image(k, mode=mode) for k in (0, 1)], half_mask()
     made = sample(model, init_images=originals, masks=mask, strength=1.0)[1]
     keep = np.asarray(mask) == 0
     for here, original in zip(made, originals, strict=True):
@@ -333,20 +334,20 @@ def test_outside_the_mask_the_original_returns_exactly(model, mode):
 def test_a_mask_of_any_mode_means_the_same(model, mode):
     mask = half_mask()
     converted = Image.fromarray(np.asarray(mask).astype(np.uint16) * 257) if mode == "I;16" else mask.convert(mode)
-    expected, _ = sample(model, init_images=picture(), masks=mask)
-    assert torch.equal(sample(model, init_images=picture(), masks=converted)[0], expected)
+    expected, _ = sample(model, init_images=image(), masks=mask)
+    assert torch.equal(sample(model, init_images=image(), masks=converted)[0], expected)
 
 
 def test_masks_of_all_and_nothing(model):
-    original = picture()
+    original = image()
     (nothing,) = sample(model, ["x"], init_images=original, masks=Image.new("L", original.size, 0))[1]
     assert np.array_equal(array(nothing), array(original))
     everything, _ = sample(model, ["x"], init_images=original, masks=Image.new("L", original.size, 255))
     assert torch.equal(everything, sample(model, ["x"], init_images=original)[0])
 
 
-def test_weaker_strength_stays_closer_to_the_picture(model):
-    original = picture()
+def test_weaker_strength_stays_closer_to_the_image(model):
+    original = image()
     latents = model.encode_images(image_to_pixels(original)[None], torch.Generator().manual_seed(3))
     far = [
         (sample(model, ["x"], init_images=original, strength=s, steps=20)[0] - latents).norm() for s in (0.1, 0.5, 1)
@@ -354,8 +355,8 @@ def test_weaker_strength_stays_closer_to_the_picture(model):
     assert far == sorted(far)
 
 
-def test_a_picture_turned_by_its_exif_tag_is_measured_upright(model):
-    lying = picture(size=(64, 72))
+def test_an_image_turned_by_its_exif_tag_is_measured_upright(model):
+    lying = image(size=(64, 72))
     upright = lying.transpose(Image.Transpose.ROTATE_270)
     exif = lying.getexif()
     exif[0x0112] = 6  # turn by 90 degrees when shown
@@ -453,7 +454,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_dropped(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a picture says of itself
+# What an image says of itself
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -499,6 +500,32 @@ def test_what_was_said_is_enough_to_make_it_again(model):
     assert np.array_equal(array(again), array(made))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [("", ""), ("", "no"), ("a\n", "\nb"), ("Steps: 3, Sampler: x", ""), ("a, b: c", 'd "e", f'), (" a ", " b ")],
+)
+def test_awkward_texts_survive(prompt, negative):
+    image = Image.new("RGB", (8, 8))
+    settings = {"Steps": 3, "Model": 'a, "b": c\\d', "Empty": ""}
+    image.info["parameters"] = format_parameters(prompt, negative, **settings)
+    expected = {"prompt": prompt, "negative_prompt": negative} | {name: str(v) for name, v in settings.items()}
+    assert read_parameters(image) == expected
+
+
+def test_what_other_tools_wrote_is_read():
+    image = Image.new("RGB", (8, 8))
+    assert read_parameters(image) == {}
+    image.info["parameters"] = (
+        "masterpiece, (fox:1.2)\nNegative prompt: bad\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, "
+        'Size: 512x512, Model hash: abc, Lora hashes: "a: 1, b: 2", Version: v1.9'
+    )
+    read = read_parameters(image)
+    assert read["prompt"] == "masterpiece, (fox:1.2)"
+    assert (read["Sampler"], read["Lora hashes"], read["Version"]) == ("DPM++ 2M Karras", "a: 1, b: 2", "v1.9")
+    image.info["parameters"] = "only a prompt,\nin two lines"
+    assert read_parameters(image) == {"prompt": "only a prompt,\nin two lines", "negative_prompt": ""}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What cannot be done
 # ----------------------------------------------------------------------------------------------------------------------
@@ -537,15 +564,15 @@ BAD_REQUESTS = {
     "eta for another sampler": ({"eta": 0.5}, "eta.*ddim"),
     "Karras for another sampler": ({"karras": True, "sampler": "ddim"}, "karras"),
     "spacing": ({"timestep_spacing": "dense"}, "timestep_spacing"),
-    "no strength": ({"init_images": picture(), "strength": 0.0}, "strength"),
-    "too much strength": ({"init_images": picture(), "strength": 1.01}, "strength"),
-    "NaN strength": ({"init_images": picture(), "strength": NAN}, "strength"),
-    "a start of another size": ({"init_images": picture(size=(64, 64))}, r"init_images\[0\] is 64×64.*72×64"),
-    "a start that is no picture": ({"init_images": ["fox.png"]}, r"init_images\[0\].*str"),
-    "more starts than prompts": ({"init_images": [picture()] * 2}, "init_images: 2 given for 1"),
-    "a mask of another size": ({"init_images": picture(), "masks": half_mask((64, 64))}, r"masks\[0\] is 64×64"),
-    "no masks": ({"init_images": picture(), "masks": []}, "masks"),
-    "a mask without a picture": ({"masks": half_mask()}, "init_images"),
+    "no strength": ({"init_images": image(), "strength": 0.0}, "strength"),
+    "too much strength": ({"init_images": image(), "strength": 1.01}, "strength"),
+    "NaN strength": ({"init_images": image(), "strength": NAN}, "strength"),
+    "a start of another size": ({"init_images": image(size=(64, 64))}, r"init_images\[0\] is 64×64.*72×64"),
+    "a start that is no image": ({"init_images": ["fox.png"]}, r"init_images\[0\].*str"),
+    "more starts than prompts": ({"init_images": [image()] * 2}, "init_images: 2 given for 1"),
+    "a mask of another size": ({"init_images": image(), "masks": half_mask((64, 64))}, r"masks\[0\] is 64×64"),
+    "no masks": ({"init_images": image(), "masks": []}, "masks"),
+    "a mask without an image": ({"masks": half_mask()}, "init_images"),
     "noise of another shape": ({"noise": torch.zeros(1, 4, 8, 8)}, r"noise.*\(1, 4, 8, 9\)"),
     "noise with NaN": ({"noise": torch.full((1, 4, 8, 9), NAN)}, "noise"),
 }

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,15 +15,12 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTextModel,
 import monsters
 import train_clip
 from images import image_to_pixels, to_pixels
-from text_encoder import TextEncoder
-from train_clip import (
-    FIRST_TRAINING_MONSTER,
-    HELD_OUT_MONSTERS,
-    FreshMonsters,
-    Options,
-    augment,
+from published import load_text_encoder
+from tests.tiny import folder_at
+from train_clip import FIRST_TRAINING_MONSTER, HELD_OUT_MONSTERS, FreshMonsters, Options, augment, clip_loss
+from training import clip_model
+from training.clip_model import (
     build_clip,
-    clip_loss,
     embed_captions,
     embed_images,
     load_clip,
@@ -52,8 +51,8 @@ def drawn(count: int, size: int = 32) -> tuple[Tensor, list[str]]:
     """Monsters whose colours differ, so that a small network can tell them apart."""
     chosen = {monsters.roll(i).colour: i for i in range(100)}
     indices = list(chosen.values())[:count]
-    pictures = torch.stack([torch.from_numpy(np.array(monsters.draw(i, size))).permute(2, 0, 1) for i in indices])
-    return pictures, [f"a {monsters.roll(i).colour} pokemon" for i in indices]
+    images = torch.stack([torch.from_numpy(np.array(monsters.draw(i, size))).permute(2, 0, 1) for i in indices])
+    return images, [f"a {monsters.roll(i).colour} pokemon" for i in indices]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,10 +115,10 @@ def test_loss_is_transformers_own(tokenizer) -> None:
     images, captions = drawn(6)
     pixels, ids = images.float() / 127.5 - 1, tokenize(tokenizer, captions)
     theirs = model(input_ids=ids, pixel_values=pixels, return_loss=True)
-    pictured, said = embed_images(model, pixels), embed_captions(model, ids)
-    torch.testing.assert_close(pictured, theirs.image_embeds)
-    torch.testing.assert_close(said, theirs.text_embeds)
-    torch.testing.assert_close(clip_loss(pictured, said, model.logit_scale), theirs.loss)
+    from_images, from_captions = embed_images(model, pixels), embed_captions(model, ids)
+    torch.testing.assert_close(from_images, theirs.image_embeds)
+    torch.testing.assert_close(from_captions, theirs.text_embeds)
+    torch.testing.assert_close(clip_loss(from_images, from_captions, model.logit_scale), theirs.loss)
 
 
 def test_loss_of_known_geometry() -> None:
@@ -141,10 +140,10 @@ def test_summary_is_read_at_the_end_token_whatever_follows(tokenizer) -> None:
 def test_retrieval_counts_hits_and_lets_twins_pass(tokenizer, monkeypatch) -> None:
     vectors = {"a": [1.0, 0, 0], "b": [0, 1.0, 0], "c": [0, 0, 1.0]}
     captions = ["a", "a", "b", "c"]
-    monkeypatch.setattr(train_clip, "tokenize", lambda _, texts: torch.tensor([vectors[t] for t in texts]))
-    monkeypatch.setattr(train_clip, "embed_captions", lambda _, ids: ids)
-    monkeypatch.setattr(train_clip, "embed_images", lambda _, pixels: pixels)
-    # Three pictures look like their captions; the last looks like b, a little more so than b's own.
+    monkeypatch.setattr(clip_model, "tokenize", lambda _, texts: torch.tensor([vectors[t] for t in texts]))
+    monkeypatch.setattr(clip_model, "embed_captions", lambda _, ids: ids)
+    monkeypatch.setattr(clip_model, "embed_images", lambda _, pixels: pixels)
+    # Three images look like their captions; the last looks like b, a little more so than b's own.
     pixels = torch.tensor([[1.0, 0, 0], [0.9, 0, 0], [0, 0.8, 0], [0, 0.9, 0.1]])
     assert retrieval(tiny_clip(tokenizer), tokenizer, pixels, captions) == (0.75, 0.75)
 
@@ -184,7 +183,7 @@ def test_every_reader_opens_the_folder(folder, tokenizer) -> None:
         assert torch.equal(tensor, ours.state_dict()[name])
 
     prompts = ["a red pokemon with two horns", "", "nonsense zyx 42"]
-    encoder = TextEncoder.load(folder)
+    encoder = load_text_encoder(folder)
     states = CLIPTextModel.from_pretrained(folder)(tokenize(tokenizer, prompts)).last_hidden_state
     assert states.shape == (3, 77, 32)
     torch.testing.assert_close(encoder(prompts), states)
@@ -206,7 +205,7 @@ def test_both_layouts_of_the_tokenizer_agree(folder, tokenizer, tmp_path, reader
 def test_diffusers_takes_it_as_a_pipelines_text_encoder(folder, tmp_path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    encoder = TextEncoder.load(folder)
+    encoder = load_text_encoder(folder)
     small = {"block_out_channels": (32,), "norm_num_groups": 8}
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(
@@ -227,9 +226,9 @@ def test_diffusers_takes_it_as_a_pipelines_text_encoder(folder, tmp_path) -> Non
 
 
 def test_preprocessing_says_what_the_pixels_are(folder) -> None:
-    picture = monsters.draw(5, 96)
-    theirs = CLIPProcessor.from_pretrained(folder)(images=picture, return_tensors="pt").pixel_values[0]
-    assert (theirs - to_pixels(picture, 32)).abs().mean() < 0.01
+    image = monsters.draw(5, 96)
+    theirs = CLIPProcessor.from_pretrained(folder)(images=image, return_tensors="pt").pixel_values[0]
+    assert (theirs - to_pixels(image, 32)).abs().mean() < 0.01
 
 
 def test_whole_model_of_default_shape_is_small(tokenizer) -> None:
@@ -313,59 +312,68 @@ def test_augmentation_moves_and_mirrors_without_inventing() -> None:
 
 def arguments(folder, *more: str, steps: int = 6) -> list[str]:
     shape = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
-    run = f"--output_dir {folder} --max_steps {steps} --batch_size 8 --warmup_steps 2 --validation_pictures 8 --seed 3"
+    run = f"--output_dir {folder} --max_steps {steps} --batch_size 8 --warmup_steps 2 --validation_images 8 --seed 3"
     every = "--validate_every 3 --checkpoint_every 3 --log_every 1 --device cpu --precision float32 --wandb off"
     return [*shape, *run.split(), *every.split(), *more]
 
 
 @pytest.fixture(scope="module")
-def pictures_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for i in range(24):
         monsters.draw(i, 40).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(monsters.caption(i))
     return folder
 
 
-def test_resumed_run_ends_with_the_same_bits(tmp_path, pictures_folder) -> None:
-    """Fresh monsters and a folder together: stopped half way and resumed, the run writes the same weights."""
-    data = ["--dataset", "monsters", str(pictures_folder), "--workers", "0", "--fresh_monsters", "4", "--pool", "8"]
+def test_stopped_run_ends_with_the_same_bits(tmp_path, images_folder, monkeypatch) -> None:
+    """Fresh monsters and a folder together: stopped half way and resumed, the run writes the same files."""
+    data = ["--dataset", "monsters", str(images_folder), "--workers", "0", "--fresh_monsters", "4", "--pool", "8"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train_clip.main(arguments(whole, *data))
+    train_step = train_clip.Run.train_step
 
-    class StopsAfterThree(train_clip.StopRequest):
-        count = 0
+    def stopping(self: train_clip.Run, step: int) -> dict:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(self, step)
 
-        @property
-        def asked(self) -> bool:
-            StopsAfterThree.count += 1
-            return StopsAfterThree.count > 4  # looked at twice a step: after the third one
-
-        @asked.setter
-        def asked(self, value: bool) -> None: ...
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_clip, "StopRequest", StopsAfterThree)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_clip.Run, "train_step", stopping)
         train_clip.main(arguments(halves, *data))
-    assert torch.load(halves / "training_state.pt", weights_only=True)["step"] == 3
+    assert sorted(path.name for path in (halves / "checkpoints").glob("step_*"))[-1] == "step_00000004.pt"
     train_clip.main(["--output_dir", str(halves), "--resume"])
 
-    for name in ("clip/model.safetensors", "clip/tokenizer.json", "clip/config.json"):
+    for name in ("clip/model.safetensors", "clip/tokenizer.json", "clip/config.json", "metrics.csv", "scores.json"):
         assert (whole / name).read_bytes() == (halves / name).read_bytes(), name
-    rows = [list(csv.DictReader(open(run / "metrics.csv"))) for run in (whole, halves)]
-    assert [row["step"] for row in rows[0]] == list("123456")
-    for a, b in zip(*rows, strict=True):
-        assert {k: v for k, v in a.items() if k != "pictures_per_second"} == {
-            k: v for k, v in b.items() if k != "pictures_per_second"
-        }
-    assert rows[0][2]["image_to_text_r1"] and not rows[0][0]["image_to_text_r1"]
+    rows = list(csv.DictReader(open(whole / "metrics.csv")))
+    assert [row["step"] for row in rows if row["loss"]] == list("123456")
+    assert [row["step"] for row in rows if row["image_to_text_r1"]] == list("36")
     for name in ("config.json", "loss.png", "retrieval.png", "scores.json"):
         assert (whole / name).stat().st_size > 0
-    assert set(json.loads((whole / "scores.json").read_text())["held_out"]) == {"monsters", str(pictures_folder)}
+    assert set(json.loads((whole / "scores.json").read_text())["held_out"]) == {"monsters", str(images_folder)}
+    state = torch.load(whole / "checkpoints" / "step_00000006.pt", weights_only=True)
+    saved, _ = load_clip(whole / "clip")
+    for name, tensor in saved.state_dict().items():  # the average is what is saved
+        torch.testing.assert_close(tensor, state["ema"][name], rtol=1e-3, atol=1e-5)
+    assert any(not torch.equal(state["ema"][name], state["model"][name]) for name in state["model"])
 
 
-def test_pretrained_goes_on_from_a_folder(tmp_path, pictures_folder, folder) -> None:
-    data = ("--dataset", str(pictures_folder), "--pretrained", str(folder), "--learning_rate", "1e-9")
+def test_the_temperature_stays_within_the_papers_bound(tmp_path, images_folder) -> None:
+    run = make_run(tmp_path, images_folder)
+    with torch.no_grad():
+        run.model.logit_scale.fill_(9.0)
+    run.train_step(0)
+    assert run.model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def make_run(tmp_path, images_folder, *more: str) -> train_clip.Run:
+    argv = arguments(tmp_path / "run", "--dataset", str(images_folder), *more)
+    return train_clip.Run(train_clip.parse_options(Options, argv), folder_at(tmp_path / "run"))
+
+
+def test_pretrained_goes_on_from_a_folder(tmp_path, images_folder, folder) -> None:
+    data = ("--dataset", str(images_folder), "--pretrained", str(folder), "--learning_rate", "1e-9")
     train_clip.main(arguments(tmp_path / "run", *data, "--ema_decay", "0", steps=1))
     (before, tokenizer), (after, same) = load_clip(folder), load_clip(tmp_path / "run" / "clip")
     assert tokenizer.get_vocab() == same.get_vocab()
@@ -379,7 +387,7 @@ def test_pretrained_goes_on_from_a_folder(tmp_path, pictures_folder, folder) -> 
         (("--image_size", "50"), "--image_size 50"),
         (("--text_width", "40"), "--text_width 40"),
         (("--pool", "30"), "--pool 30"),
-        (("--dataset", "monsters:10"), "--validation_pictures 8"),
+        (("--dataset", "monsters:10"), "--validation_images 8"),
         (("--dataset", "/no/such/folder"), "no such folder"),
         (("--pretrained", "/no/such/clip"), "clip"),
     ],

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import datasets
@@ -9,9 +11,10 @@ import pytest
 import torch
 
 import train_vae as script
-from tests.tiny import tiny_vae
-from train_vae import Crops, Options, PatchDiscriminator, adaptive_weight, measure, measure_scaling_factor, to_floats
-from training import generator_for
+from tests.tiny import folder_at, tiny_vae
+from train_vae import Crops, Options, PatchDiscriminator, adaptive_weight, measure_scaling_factor, reconstruction_loss
+from training.reconstruction import measure, to_floats
+from training.reproducible import generator_for
 from vae_model import VAE
 
 CPU = torch.device("cpu")
@@ -24,7 +27,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(output: Path, *more: str) -> list[str]:
     return [
-        *("--dataset", "monsters:8", "--resolution", "64", "--crop", "32", "--validation_pictures", "2"),
+        *("--dataset", "monsters:8", "--resolution", "64", "--crop", "32", "--validation_images", "2"),
         *("--block_out_channels", "8", "8", "8", "8", "--norm_num_groups", "4", "--batch_size", "4"),
         *("--layers_per_block", "1"),
         *("--max_steps", "6", "--warmup_steps", "2", "--validate_every", "3", "--checkpoint_every", "3"),
@@ -34,17 +37,17 @@ def arguments(output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def picture_with_a_corner() -> torch.Tensor:
+def image_with_a_corner() -> torch.Tensor:
     """White, but for a black square of 32 pixels at the lower right; uint8 (1, 3, 128, 128)."""
-    picture = torch.full((1, 3, 128, 128), 255, dtype=torch.uint8)
-    picture[..., 96:, 96:] = 0
-    return picture
+    image = torch.full((1, 3, 128, 128), 255, dtype=torch.uint8)
+    image[..., 96:, 96:] = 0
+    return image
 
 
 def test_crops_look_where_something_is_drawn() -> None:
     indices = torch.zeros(200, dtype=torch.long)
-    seen = Crops(picture_with_a_corner(), 32, blank_weight=0.02)(indices, generator_for(CPU, 0))
-    anywhere = Crops(picture_with_a_corner(), 32, blank_weight=1000.0)(indices, generator_for(CPU, 0))
+    seen = Crops(image_with_a_corner(), 32, blank_weight=0.02)(indices, generator_for(CPU, 0))
+    anywhere = Crops(image_with_a_corner(), 32, blank_weight=1000.0)(indices, generator_for(CPU, 0))
     share, share_anywhere = ((crops < 0).float().mean().item() for crops in (seen, anywhere))
     assert seen.shape == (200, 3, 32, 32) and seen.min() == -1 and seen.max() == 1
     assert share > 3 * share_anywhere > 0
@@ -97,35 +100,44 @@ def test_scaling_factor_gives_unit_variance() -> None:
     assert latents.std().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script.main(arguments(tmp_path / "whole"))
-
-    class StopsEarly:
-        checks = 0
-
-        @property
-        def asked(self) -> bool:
-            StopsEarly.checks += 1
-            return StopsEarly.checks > 9
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "StopRequest", StopsEarly)
-        script.main(arguments(tmp_path / "parted"))
-    assert torch.load(tmp_path / "parted" / "training_state.pt", weights_only=True)["step"] < 6
+    stop_in_step(monkeypatch, 4)
+    script.main(arguments(tmp_path / "parted"))
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "parted" / "checkpoints").glob("step_*")][-1] == "step_00000004.pt"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     script.main(["--resume", "--output_dir", str(tmp_path / "parted")])
 
-    whole, parted = (torch.load(tmp_path / run / "training_state.pt", weights_only=True) for run in ("whole", "parted"))
-    assert whole["step"] == parted["step"] == 6
+    files = [tmp_path / run / "checkpoints" / "step_00000006.pt" for run in ("whole", "parted")]
+    whole, parted = (torch.load(file, weights_only=True) for file in files)
     for part in ("vae", "ema", "discriminator"):
         assert all(torch.equal(whole[part][name], parted[part][name]) for name in whole[part])
+    for name in ("metrics.csv", "scores.json", "samples/step_000003.png", "samples/step_000006.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parted" / name).read_bytes()
 
     vae = VAE.load(tmp_path / "whole" / "vae_model.pth")
     assert vae.config.scaling_factor != 0.18215  # its own, measured
+    for name, tensor in vae.state_dict().items():  # the average is what is saved
+        torch.testing.assert_close(tensor, whole["ema"][name], rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(whole["ema"][name], whole["vae"][name]) for name in whole["vae"])
     with open(tmp_path / "whole" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert any(row["psnr"] for row in rows) and any(row["kl"] for row in rows)
     assert json.loads((tmp_path / "whole" / "scores.json").read_text())["held_out"]["monsters:8"]["psnr"] > 0
-    assert (tmp_path / "whole" / "samples" / "step_000006.png").is_file()
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Sends this process SIGTERM in its `number`-th training step."""
+    calls, train_step = [], script.Run.train_step
+
+    def stopping(self: script.Run, *args: object) -> dict:
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, *args)
+
+    monkeypatch.setattr(script.Run, "train_step", stopping)
 
 
 def test_goes_on_from_a_vae(tmp_path: Path) -> None:
@@ -134,22 +146,100 @@ def test_goes_on_from_a_vae(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "vae_model.pth").is_file()
 
 
+def make_run(tmp_path: Path, *more: str) -> script.Run:
+    options = script.parse_options(Options, arguments(tmp_path / "run", "--validate_every", "0", *more))
+    return script.Run(options, folder_at(tmp_path / "run"))
+
+
+def crops_of_a_corner() -> torch.Tensor:
+    return Crops(image_with_a_corner(), 32, 0.02)(torch.zeros(8, dtype=torch.long), generator_for(CPU, 0))
+
+
 def test_it_learns(tmp_path: Path) -> None:
     """A few dozen steps on one batch of crops: the error falls well below that of the start."""
-    options = Options(
-        block_out_channels=[8, 16, 16, 16], norm_num_groups=4, learning_rate=5e-3, warmup_steps=5, max_steps=40
+    run = make_run(
+        tmp_path,
+        "--block_out_channels",
+        "8",
+        "16",
+        "16",
+        "16",
+        "--learning_rate",
+        "5e-3",
+        "--discriminator_start",
+        "-1",
     )
-    training = script.Training(options, CPU)
-    crops = Crops(picture_with_a_corner(), 32, 0.02)(torch.zeros(8, dtype=torch.long), generator_for(CPU, 0))
-    losses = [training.step(crops, step)[0].item() for step in range(40)]
+    losses = [run.train_step(crops_of_a_corner(), step)["loss"].item() for step in range(40)]
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_loss_adds_its_terms_with_their_weights() -> None:
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+
+    def reconstruct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images + 0.5, torch.tensor([30.0, 66.0])  # KL in nats of each image
+
+    options = Options(l1_weight=2.0, l2_weight=10.0, kl_weight=3.0)
+    terms = reconstruction_loss(reconstruct, images, options)
+    assert terms["loss"].item() == pytest.approx(2 * 0.5 + 10 * 0.25 + 3 * 96 / images.numel())
+    assert terms["kl"].item() == pytest.approx(96 / images.numel())
+
+
+def test_the_discriminator_joins_in_when_it_is_told_to(tmp_path: Path) -> None:
+    """Before its start neither network hears of the other; from it on the VAE is pulled by it, and it learns itself."""
+    runs = {}
+    for name, start, weight in (("never", -1, 0.5), ("now", 0, 0.5), ("weightless", 0, 0.0), ("later", 5, 0.5)):
+        torch.manual_seed(0)
+        run = make_run(tmp_path / name, "--discriminator_start", str(start), "--discriminator_weight", str(weight))
+        critic = [p.clone() for p in run.discriminator.parameters()]
+        run.train_step(crops_of_a_corner(), 0)
+        learned = any(not torch.equal(a, b) for a, b in zip(critic, run.discriminator.parameters(), strict=True))
+        runs[name] = (torch.cat([p.flatten() for p in run.vae.parameters()]), learned)
+    assert [learned for _, learned in runs.values()] == [False, True, True, False]
+    assert torch.equal(runs["never"][0], runs["later"][0])
+    assert torch.equal(runs["never"][0], runs["weightless"][0])
+    assert not torch.equal(runs["never"][0], runs["now"][0])
+
+
+def test_the_decoder_learns_to_look_real(tmp_path: Path) -> None:
+    """Where a discriminator likes bright images, its part of the gradient makes the decoder's brighter."""
+    shifts = []
+    for weight in ("0", "0.9"):
+        torch.manual_seed(0)
+        run = make_run(tmp_path / weight, "--discriminator_start", "0", "--discriminator_weight", weight)
+        run.discriminator.forward = lambda images: images.mean(dim=1, keepdim=True)
+        run.critic.step = lambda: None
+        run.discriminator.loss = lambda real, made: run.discriminator.layers[0].bias.sum() * 0  # noqa: B023
+        before = run.vae.decoder.conv_out.bias.sum().item()
+        run.train_step(torch.zeros(4, 3, 32, 32), 0)
+        shifts.append(run.vae.decoder.conv_out.bias.sum().item() - before)
+    assert shifts[1] > shifts[0]
+
+
+def test_the_discriminator_learns_from_its_own_loss_alone(tmp_path: Path) -> None:
+    """The gradients that pass through it on their way to the VAE are not added to its own."""
+    run = make_run(tmp_path, "--discriminator_start", "0", "--gradient_clip", "0")
+    seen: list[list[torch.Tensor]] = []
+    before = [p.detach().clone() for p in run.discriminator.parameters()]
+    step = run.critic.step
+    run.critic.step = lambda: (seen.append([p.grad.clone() for p in run.discriminator.parameters()]), step())
+    real = crops_of_a_corner()
+    torch.manual_seed(run.options.seed * 1_000_003)
+    with torch.no_grad():
+        made, _ = run.reconstruct(real)
+    run.train_step(real, 0)
+    for parameter, value in zip(run.discriminator.parameters(), before, strict=True):
+        parameter.data.copy_(value)
+    expected = torch.autograd.grad(run.discriminator.loss(real, made), list(run.discriminator.parameters()))
+    for ours, theirs in zip(seen[0], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         (["--crop", "100"], "--crop 100"),
-        (["--validation_pictures", "20"], "--validation_pictures 20"),
+        (["--validation_images", "20"], "--validation_images 20"),
         (["--pretrained", "./nowhere.pth"], "nowhere.pth"),
         (["--dataset", "./nowhere"], "--dataset ./nowhere"),
     ],

@@ -5,6 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffusion_model import UNet, UNetConfig
+from published import unet_config, unet_dict
 from tests.tiny import randomised, tiny_unet
 
 SD1 = UNetConfig()
@@ -40,7 +41,7 @@ SMALL = {
 
 
 def theirs(config: UNetConfig) -> UNet2DConditionModel:
-    options = {name: value for name, value in config.to_diffusers().items() if not name.startswith("_")}
+    options = {name: value for name, value in unet_dict(config).items() if not name.startswith("_")}
     return randomised(UNet2DConditionModel(**options))
 
 
@@ -82,15 +83,15 @@ def test_full_stable_diffusion_1_equals_diffusers() -> None:
 
 
 def _options(config: UNetConfig) -> dict:
-    return {name: value for name, value in config.to_diffusers().items() if not name.startswith("_")}
+    return {name: value for name, value in unet_dict(config).items() if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_config_round_trip(name: str) -> None:
     """Through our own dictionary, and through the full one that diffusers writes."""
     config = SMALL[name]
-    assert UNetConfig.from_diffusers(dict(theirs(config).config)).to_diffusers() == config.to_diffusers()
-    assert UNetConfig.from_diffusers(config.to_diffusers()).to_diffusers() == config.to_diffusers()
+    assert unet_dict(unet_config(dict(theirs(config).config))) == unet_dict(config)
+    assert unet_dict(unet_config(unet_dict(config))) == unet_dict(config)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +106,9 @@ def test_config_round_trip(name: str) -> None:
     ],
 )
 def test_unknown_option_is_named(option: str, value: object) -> None:
-    config = UNetConfig().to_diffusers() | {option: value}
+    config = unet_dict(UNetConfig()) | {option: value}
     with pytest.raises(ValueError, match=option if option != "down_block_types" else "AttnDownBlock2D"):
-        UNetConfig.from_diffusers(config)
+        unet_config(config)
 
 
 def test_bad_shapes_are_named() -> None:

@@ -1,9 +1,14 @@
 """The VAE against diffusers' `AutoencoderKL`, its files, and its tiles."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 
+from published import load_vae, vae_config, vae_dict
 from tests.tiny import randomised, tiny_vae
 from vae_model import VAE, DiagonalGaussian, VAEConfig
 
@@ -17,7 +22,7 @@ CONFIGS = {
 
 
 def theirs(config: VAEConfig) -> AutoencoderKL:
-    options = {name: value for name, value in config.to_diffusers().items() if not name.startswith("_")}
+    options = {name: value for name, value in vae_dict(config).items() if not name.startswith("_")}
     return randomised(AutoencoderKL(**options))
 
 
@@ -25,7 +30,7 @@ def theirs(config: VAEConfig) -> AutoencoderKL:
 def test_equals_diffusers(name: str) -> None:
     config = CONFIGS[name]
     reference = theirs(config)
-    ours = VAE(VAEConfig.from_diffusers(dict(reference.config))).eval()
+    ours = VAE(vae_config(dict(reference.config))).eval()
     assert ours.config == config
     ours.load_state_dict(reference.state_dict(), strict=True)
     images = torch.rand(1, config.in_channels, 64, 96) * 2 - 1
@@ -48,7 +53,10 @@ def test_save_and_load(tmp_path) -> None:
     vae.config.scaling_factor = 0.7
     vae.save(tmp_path / "vae_model.pth")
     again = VAE.load(tmp_path / "vae_model.pth")
-    assert again.config == vae.config
+    assert again.config == vae.config and not again.training
+    same = load_vae(tmp_path / "vae_model.pth")
+    assert same.config == vae.config
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in same.state_dict().items())
     images = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -61,21 +69,70 @@ def test_loads_a_diffusers_folder_and_a_pipeline_folder(tmp_path) -> None:
     reference = theirs(CONFIGS["small"])
     reference.save_pretrained(tmp_path / "pipeline" / "vae")
     for folder in (tmp_path / "pipeline" / "vae", tmp_path / "pipeline"):
-        weights = VAE.load(folder).state_dict()
+        weights = load_vae(folder).state_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in reference.state_dict().items())
 
 
 def test_unknown_option_is_named() -> None:
     with pytest.raises(ValueError, match="latents_mean"):
-        VAEConfig.from_diffusers(VAEConfig().to_diffusers() | {"latents_mean": [0.0] * 4})
+        vae_config(vae_dict(VAEConfig()) | {"latents_mean": [0.0] * 4})
 
 
-def test_missing_files_say_so(tmp_path) -> None:
+@pytest.mark.parametrize("load", [VAE.load, load_vae])
+def test_missing_files_say_so(tmp_path, load) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        VAE.load("./nowhere.pth")
+        load("./nowhere.pth")
     (tmp_path / "vae_model.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"vae_model\.pth"):
-        VAE.load(tmp_path / "vae_model.pth")
+        load(tmp_path / "vae_model.pth")
+
+
+def test_other_files_are_refused_in_a_sentence_that_says_what_reads_them(tmp_path) -> None:
+    tiny_vae().save(tmp_path / "vae_model.pth")
+    whole = (tmp_path / "vae_model.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    save_file(tiny_vae().state_dict(), tmp_path / "vae.safetensors")
+    torch.save(tiny_vae().state_dict(), tmp_path / "bare.pth")
+    torch.save({"config": {"colour": 1}, "state_dict": tiny_vae().state_dict()}, tmp_path / "option.pth")
+    torch.save({"config": {}, "state_dict": tiny_vae().state_dict()}, tmp_path / "shape.pth")
+    damaged = ["cut.pth", "option.pth", "shape.pth"]
+    for name in (*damaged, "vae.safetensors", "bare.pth", "absent.pth", ""):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            VAE.load(tmp_path / name)
+        text = str(error.value)
+        assert text.startswith(str(tmp_path / name)) and "published.load_vae" in text
+        assert "\n" not in text and text.endswith(".")
+    with pytest.raises(FileNotFoundError, match=r"published\.load_vae also takes folders and hub ids"):
+        VAE.load("stabilityai/sd-vae-ft-mse")
+    for name in damaged:
+        with pytest.raises(ValueError, match=name):
+            load_vae(tmp_path / name)
+
+
+class Malice:
+    """Unpickled, it would leave a folder behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("load", [VAE.load, load_vae])
+def test_nothing_in_a_file_is_executed(tmp_path, load) -> None:
+    torch.save({"config": Malice(tmp_path / "executed"), "state_dict": {}}, tmp_path / "vae_model.pth")
+    with pytest.raises(ValueError, match=r"vae_model\.pth"):
+        load(tmp_path / "vae_model.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_latents_are_scaled_and_unscaled() -> None:
+    vae = tiny_vae()
+    vae.config.scaling_factor = 0.25
+    raw = 4 * torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(vae.scale_latents(raw), raw / 4)
+    torch.testing.assert_close(vae.unscale_latents(raw / 4), raw)
 
 
 def test_size_must_divide() -> None:

@@ -1,15 +1,20 @@
 """The smallest models that still have every part: what tests train, save and sample."""
 
 import string
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from diffusion_model import NoiseSchedule, UNet, UNetConfig
+from diffusion_model import UNet, UNetConfig
+from noise_schedule import NoiseSchedule
+from published import save_text_encoder
 from stable_diffusion_model import StableDiffusion
 from text_encoder import TextEncoder
+from training.presets import UNetOptions
+from training.run_folder import RunFolder
 from vae_model import VAE, VAEConfig
 
 
@@ -77,3 +82,30 @@ def tiny_model(prediction_type: str = "epsilon") -> StableDiffusion:
     return StableDiffusion(
         tiny_text_encoder(), tiny_unet(), tiny_vae(), NoiseSchedule(prediction_type=prediction_type), name="tiny"
     )
+
+
+def tiny_parts(folder: Path) -> Path:
+    """A folder with a tiny VAE and a tiny CLIP, as the options of training take them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tiny_vae().save(folder / "vae_model.pth")
+    save_text_encoder(tiny_text_encoder(), folder / "clip", folder / "clip", torch.float32)
+    return folder
+
+
+def training_arguments(parts: Path, *more: str) -> list[str]:
+    """The command line of a training run that takes a second; `more` overrides."""
+    return [
+        *("--preset", "monsters", "--dataset", "monsters:8", "--resolution", "64", "--wandb", "off", "--device", "cpu"),
+        *("--vae", str(parts / "vae_model.pth"), "--text_encoder", str(parts / "clip")),
+        *("--block_out_channels", "16", "32", "--attention_levels", "0", "1", "--norm_num_groups", "8"),
+        *("--num_attention_heads", "2", "--batch_size", "4", "--max_steps", "6", "--warmup_steps", "2"),
+        *("--checkpoint_every", "3", "--validate_every", "3", "--preview_every", "6", "--preview_steps", "2"),
+        *("--log_every", "2", "--validation_share", "0.25", "--precision", "float32", "--preview_prompts", "a fox"),
+        *more,
+    ]  # fmt: skip
+
+
+def folder_at(path: Path | str, **options: object) -> RunFolder:
+    """The run folder `path`, as a script with these options opens it."""
+    return RunFolder(UNetOptions(output_dir=str(path), **options))

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from images import to_pixels
-from pretrained_files import first_line
+from published import first_line
 from training.background import Progress, decoding_threads, in_order
 from training.reproducible import Processes
 from training.script import UserError

@@ -22,23 +22,18 @@ from training.script import UserError
 # Processes
 # ----------------------------------------------------------------------------------------------------------------------
 
-SETUP_TIMEOUT = datetime.timedelta(hours=24)  # how long processes wait for each other while pictures are encoded
+TIMEOUT = datetime.timedelta(hours=24)  # how long processes wait for each other, such as while one encodes images
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that `torchrun` started; one alone is rank 0 of 1.
-
-    What concerns the host alone (stops, barriers, file names) goes through `control`, a gloo group of its own: it waits
-    for no GPU, and its time-out allows hours of encoding, while a collective of training still fails within minutes.
-    """
+    """This process among those that `torchrun` started; one alone is rank 0 of 1."""
 
     rank: int
     count: int
     device: torch.device
     local_rank: int = 0  # among the processes of this machine
     local_count: int = 1
-    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -46,15 +41,14 @@ class Processes:
 
     def barrier(self) -> None:
         """Waits until all processes are here."""
-        if self.count > 1:
-            dist.barrier(self.control)
+        self.any(False)
 
     def any(self, flag: bool) -> bool:
         """True on all processes if it is on one: a decision that all must take alike."""
         if self.count == 1:
             return flag
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, dist.ReduceOp.MAX, self.control)
+        flags = torch.tensor([int(flag)])  # on the CPU, so that it waits for no GPU
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
     def gather(self, value: object) -> list:
@@ -62,7 +56,7 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list = [None] * self.count
-        dist.all_gather_object(values, value, self.control)
+        dist.all_gather_object(values, value)
         return values
 
     def mean(self, value: Tensor) -> Tensor:
@@ -83,13 +77,26 @@ def join_processes(device: torch.device) -> Processes:
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"--nproc_per_node {local_count}: this machine has {torch.cuda.device_count()} GPUs, one for each process."
+                f"--nproc_per_node {local_count}: each process needs a GPU, and this machine has "
+                f"{torch.cuda.device_count()}."
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
-    return Processes(dist.get_rank(), count, device, local_rank, local_count, control)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = None
+    if local_count == count and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        # torchrun keeps its store over restarts, and with it the addresses of processes that are gone (pytorch#135712).
+        # The count tells attempts apart, on one machine; README.md has the way for several.
+        master, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", master)
+    where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": count} if store is not None else {}
+    dist.init_process_group(backend, timeout=TIMEOUT, **where)
+    return Processes(dist.get_rank(), count, device, local_rank, local_count)
+
+
+def was_restarted(processes: Processes) -> bool:
+    """Whether `torchrun --max-restarts` has started this job again after a failure, as at least one process knows."""
+    return processes.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,8 +130,8 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int, device: tor
 def shuffled(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
     """The elements at `positions` (int64, in [0, count)) of a permutation of range(count), one for each (seed, epoch).
 
-    A Feistel network permutes 0…4^k - 1, where 4^k is the next such number above `count`; what it sends out of the range
-    is sent through again ("cycle walking", Black & Rogaway 2002, Section 4), fewer than four times on average.
+    A Feistel network permutes 0…4^k - 1, where 4^k is the next such number above `count`; what it sends out of the
+    range is sent through again ("cycle walking", Black & Rogaway 2002, Section 4), fewer than four times on average.
     """
     half = np.uint64(max((max(count - 1, 1).bit_length() + 1) // 2, 1))  # bits of each half
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -192,3 +199,26 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and has_bf16() else torch.float32
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for AdamW: matrices and filters decay, gains and biases (one-dimensional) do not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def descend(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Clips the gradients to `max_norm` (0 = off), steps and forgets them; returns their norm before, on the device.
+
+    A gradient that is not finite changes nothing: a fused optimizer skips its step where `found_inf` says so, which is
+    decided on the device, so that the host need not wait for it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    optimizer.found_inf, optimizer.grad_scale = (~norm.isfinite()).float(), None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

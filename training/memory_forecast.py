@@ -21,6 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusion_model import UNet, UNetConfig
+from stable_diffusion_model import StableDiffusion
+from training.presets import UNetOptions
+from training.reproducible import Processes
 
 # What PyTorch itself takes: Python and the libraries' own memory on a CPU, a context and workspaces on a GPU.
 RUNTIME = {"cpu": 1_000_000_000, "cuda": 600_000_000, "mps": 600_000_000}
@@ -61,7 +64,7 @@ def rehearse_step(
 ) -> int:
     """Most bytes that gradients, activations and low-precision copies take together at one moment of a training step.
 
-    `latents`: pictures in a micro-batch, height and width of their latents; `length`: text positions. `accumulates`:
+    `latents`: images in a micro-batch, height and width of their latents; `length`: text positions. `accumulates`:
     there is more than one micro-batch, so the gradients of the first are there when the second begins.
     """
     with FakeTensorMode(), torch.device(device_type):
@@ -166,9 +169,30 @@ def forecast(
     remedies = {
         "--gradient_checkpointing": not checkpointing,
         f"--gradient_accumulation {micro_batches * latents[0]}": latents[0] > 1,
-        "--precision bfloat16": precision == torch.float32 and latents[0] > 1,  # for one picture, its copies weigh more
+        "--precision bfloat16": precision == torch.float32 and latents[0] > 1,  # for one image, its copies weigh more
         "--ema_decay 0": bool(parts["EMA"]),
         "--ema_on_cpu": bool(parts["EMA"]) and not on_cpu,
     }
     helpful = [option for option, helps in remedies.items() if helps] or ["a lower --resolution"]
     return Forecast(parts, "machine" if on_cpu else "GPU", memory_of(device), helpful, rehearsed=step is not None)
+
+
+def forecast_run(
+    options: UNetOptions, model: StableDiffusion, data: int, processes: Processes, precision: torch.dtype
+) -> Forecast:
+    """`forecast` for a run of train_stable_diffusion.py with `data` bytes of latents and texts on the device."""
+    side = options.resolution // model.vae.config.downsampling
+    return forecast(
+        model.unet,
+        frozen=[model.vae, model.text_encoder.model],
+        latents=(options.batch_size // processes.count // options.gradient_accumulation, side, side),
+        length=model.text_encoder.length,
+        resident=data,
+        device=processes.device,
+        precision=precision,
+        micro_batches=options.gradient_accumulation,
+        checkpointing=options.gradient_checkpointing,
+        averaged=bool(options.ema_decay),
+        average_on_cpu=options.ema_on_cpu,
+        processes=processes.count,
+    )

@@ -34,9 +34,9 @@ UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")  # of 
 def locate(name: str | Path, what: str, weights: bool = True) -> Path:
     """Return the local file or folder `name`, or the local copy of the hub model `name`, downloaded if need be.
 
-    `what` is how the user gave it (such as "--vae") and opens the error. Of a hub model only the files are fetched that
-    `read_folder_weights` would choose, and the JSON and vocabulary beside them (these alone unless `weights`); without
-    a network its cache answers. Raises FileNotFoundError, in one sentence, if there is neither.
+    `what` says where the name comes from (such as "--vae") and opens the error. Of a hub model only those files are
+    downloaded that `read_folder_weights` would choose, and the JSON and vocabulary beside them (these alone unless
+    `weights`); without a network, the hub's cache is used. Raises FileNotFoundError, in one sentence, if there is none.
     """
     text = str(name)
     path = Path(text).expanduser()
@@ -49,7 +49,7 @@ def locate(name: str | Path, what: str, weights: bool = True) -> Path:
         )
     try:
         return _hub_folder(text, weights)
-    except Exception as error:  # the hub has some thirty ways to say no, over three libraries; the user needs one
+    except Exception as error:  # some thirty kinds, from three libraries; the user needs one sentence
         raise FileNotFoundError(
             f"{what} {text!r} is not a file or folder here, and the hub did not give it ({_reason(error)}); "
             f"pass the path of a downloaded copy, or the id of a public model."
@@ -62,7 +62,7 @@ def _hub_folder(repository: str, weights: bool) -> Path:
         listed = huggingface_hub.HfApi().model_info(repository, timeout=10).siblings or []
         wanted = _wanted_files([file.rfilename for file in listed], weights)
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
-    except Exception:  # no network, hub down, withdrawn: what was downloaded before will do
+    except Exception:  # no network, hub down, model withdrawn: use what was downloaded before
         try:
             return Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
         except hub_errors.LocalEntryNotFoundError:
@@ -98,8 +98,8 @@ def _reason(error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, after its kind: the part of it that fits into a sentence of ours."""
-    text = str(error).strip().rpartition("WeightsUnpickler error:")[2].strip()  # after PyTorch's essay
+    """What an error says in its first line, after its kind: short enough for a one-sentence message."""
+    text = str(error).strip().rpartition("WeightsUnpickler error:")[2].strip()  # after PyTorch's long explanation
     return f"{type(error).__name__}: {text.splitlines()[0][:200].rstrip(' .')}" if text else type(error).__name__
 
 
@@ -146,7 +146,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of one weight file by name, on the CPU, in the precision they are stored in.
 
-    The format is told from the content, so a renamed file is read all the same (save a pickle called `.safetensors`).
+    The format is recognised by the content, so a renamed file is read as well (but no pickle called `.safetensors`).
     Tensors may be mapped from the file: copy before writing to them. Raises ValueError, in one sentence, for a damaged,
     foreign or unsafe file, and FileNotFoundError.
     """
@@ -154,7 +154,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (tensors, the rest) of one weight file: as `read_weights`, with what else it says, such as `global_step`.
+    """Return (tensors, the rest) of one weight file: as `read_weights`, with what else it holds, such as `global_step`.
 
     A training checkpoint keeps its tensors one level down, under "state_dict"; the rest is then what lies beside it.
     """
@@ -169,7 +169,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
             raise ValueError(f"{path} is cut short or damaged; download it again.")
         return _read_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        if path.suffix == ".safetensors":  # whoever chose that name wanted no pickle, even one that is read with care
+        if path.suffix == ".safetensors":  # a name that promises no pickle, not even one read with care
             raise ValueError(f"{path} is a Python pickle under a false name; pass a real .safetensors file.")
         return _read_pickle(path, is_zip=start.startswith(b"PK"))
     if start.startswith(b"version https://git-lfs"):
@@ -189,8 +189,8 @@ class _Inert:
     """Stands in for a class that a checkpoint names and that nothing here needs."""
 
 
-# The checkpoints of SD 1.x name their trainer's callback as a dictionary key. The name is let through to a class that
-# does nothing, so that the file opens; the trainer itself is never imported.
+# The checkpoints of SD 1.x name their trainer's callback as a dictionary key. A class that does nothing stands in for
+# it, so that the file opens; the trainer itself is never imported.
 INERT_NAMES = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 
@@ -266,7 +266,7 @@ OLD_NAMES = (
     ("text_model.", ""),  # transformers before 5.6 in CLIP's text model …
     ("", "text_model."),  # … and a folder of today read by one of those
 )
-NOT_WEIGHTS = ("position_ids",)  # 0, 1, 2 …: old text encoders store them, the module counts for itself
+NOT_WEIGHTS = ("position_ids",)  # 0, 1, 2 …: stored in old text encoders, made by the module itself today
 
 
 def load_strict(
@@ -343,7 +343,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         safetensors.torch.save_file(own, temporary, metadata={"format": "pt"} | (metadata or {}))
-        temporary.chmod(0o644)  # the library lets nobody else read it, which surprises in shared folders
+        temporary.chmod(0o644)  # the library makes it readable for its owner only, which surprises in shared folders
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion_model import UNetConfig
-from ldm_checkpoint import LDMCheckpoint, is_ldm, read_ldm, read_ldm_vae, write_ldm
-from pretrained_files import read_checkpoint
+from published import unet_dict, vae_dict
+from published.ldm_checkpoint import LDMCheckpoint, is_ldm, read_ldm, read_ldm_vae, write_ldm
+from published.weight_files import read_checkpoint
 from vae_model import VAEConfig
 
 SD1 = UNetConfig(block_out_channels=(32, 64, 64, 64), context_dim=64)
@@ -35,9 +36,9 @@ def make(unet: UNetConfig, vae: VAEConfig, act: str = "quick_gelu", layers: int 
     )  # fmt: skip
     return LDMCheckpoint(
         unet_config=unet,
-        unet=UNet2DConditionModel.from_config(unet.to_diffusers()).state_dict(),
+        unet=UNet2DConditionModel.from_config(unet_dict(unet)).state_dict(),
         vae_config=vae,
-        vae=AutoencoderKL.from_config(vae.to_diffusers()).state_dict(),
+        vae=AutoencoderKL.from_config(vae_dict(vae)).state_dict(),
         text_config=text.to_dict(),
         text_encoder=CLIPTextModel(text).state_dict(),
         **others,
@@ -57,8 +58,8 @@ def anonymous(path) -> None:
 def published_sd1() -> dict[str, tuple]:
     """The names and shapes that SD 1.5 has when it is written here: full size, without the memory."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNetConfig().to_diffusers()).state_dict()
-        vae = AutoencoderKL.from_config(VAEConfig().to_diffusers()).state_dict()
+        unet = UNet2DConditionModel.from_config(unet_dict(UNetConfig())).state_dict()
+        vae = AutoencoderKL.from_config(vae_dict(VAEConfig())).state_dict()
         config = CLIPTextConfig(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
         )  # quick_gelu is the default
@@ -73,7 +74,7 @@ def published_sd2() -> dict[str, tuple]:
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
     )
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config.to_diffusers()).state_dict()
+        unet = UNet2DConditionModel.from_config(unet_dict(config)).state_dict()
         text = CLIPTextModel(text_config).state_dict()
     return written(LDMCheckpoint(config, unet, text_config=text_config.to_dict(), text_encoder=text))
 
@@ -82,7 +83,9 @@ def written(checkpoint: LDMCheckpoint) -> dict[str, tuple]:
     """What `write_ldm` would write, caught before it reaches the disk."""
     caught = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm_checkpoint.write_safetensors", lambda path, tensors, metadata: caught.update(tensors))
+        patch.setattr(
+            "published.ldm_checkpoint.write_safetensors", lambda path, tensors, metadata: caught.update(tensors)
+        )
         write_ldm("nowhere", checkpoint)
     return {name: tuple(tensor.shape) for name, tensor in caught.items()}
 
@@ -168,8 +171,8 @@ def test_what_is_written_is_read_back_and_read_alike_by_diffusers(tmp_path, unet
     wanted = CLIPTextConfig(**model.text_config).to_dict() | {"projection_dim": ours.text_config["projection_dim"]}
     assert CLIPTextConfig(**ours.text_config).to_dict() == wanted
 
-    assert same(ours.unet, convert_ldm_unet_checkpoint(dict(file), unet.to_diffusers()))
-    assert same(ours.vae, convert_ldm_vae_checkpoint(dict(file), SMALL_VAE.to_diffusers()))
+    assert same(ours.unet, convert_ldm_unet_checkpoint(dict(file), unet_dict(unet)))
+    assert same(ours.vae, convert_ldm_vae_checkpoint(dict(file), vae_dict(SMALL_VAE)))
     if act == "gelu":
         theirs = convert_open_clip_checkpoint(CLIPTextModel(CLIPTextConfig(**ours.text_config)), file)
     else:
@@ -191,7 +194,7 @@ def test_a_training_checkpoint_is_read_without_its_extras(tmp_path):
     torch.save({"state_dict": tensors | averaged | extras, "global_step": 470000, "epoch": 3}, tmp_path / "model.ckpt")
     ours = read_ldm(tmp_path / "model.ckpt")
     assert same(ours.unet, model.unet) and same(ours.vae, model.vae) and same(ours.text_encoder, model.text_encoder)
-    theirs = convert_ldm_unet_checkpoint(tensors | averaged | extras, SD1.to_diffusers(), extract_ema=True)
+    theirs = convert_ldm_unet_checkpoint(tensors | averaged | extras, unet_dict(SD1), extract_ema=True)
     assert same(read_ldm(tmp_path / "model.ckpt", ema=True).unet, theirs)
 
 
@@ -209,7 +212,7 @@ def test_a_vae_of_its_own_is_read(tmp_path, prefix):
 
 
 def test_the_last_layer_of_open_clip_is_left_out(tmp_path):
-    """SD 2.x reads ViT-H's last layer but one; its files hold the 24th too, and what compares with pictures."""
+    """SD 2.x reads ViT-H's last layer but one; its files hold the 24th too, and what compares with images."""
     model = make(SD2, SMALL_VAE, act="gelu", layers=23)
     path = tmp_path / "model.safetensors"
     write_ldm(path, model)
@@ -225,21 +228,21 @@ def test_the_last_layer_of_open_clip_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.13])
-def test_a_vae_of_another_scale_gives_the_same_pictures_with_the_scale_of_the_layout(tmp_path, factor):
+def test_a_vae_of_another_scale_gives_the_same_images_with_the_scale_of_the_layout(tmp_path, factor):
     config = VAEConfig(block_out_channels=(32, 32), layers_per_block=1, scaling_factor=factor)
-    vae = AutoencoderKL.from_config(config.to_diffusers())
+    vae = AutoencoderKL.from_config(vae_dict(config))
     write_ldm(tmp_path / "model.safetensors", LDMCheckpoint(vae_config=config, vae=vae.state_dict()))
     read, tensors = read_ldm_vae(tmp_path / "model.safetensors")
     assert read.scaling_factor == 0.18215
-    rescaled = AutoencoderKL.from_config(read.to_diffusers())
+    rescaled = AutoencoderKL.from_config(vae_dict(read))
     rescaled.load_state_dict(tensors)
     images, latents = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         ours, theirs = vae.encode(images).latent_dist, rescaled.encode(images).latent_dist
         torch.testing.assert_close(theirs.mean * 0.18215, ours.mean * factor, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs.std * 0.18215, ours.std * factor, rtol=1e-4, atol=1e-5)
-        pictures = vae.decode(latents / factor).sample
-        torch.testing.assert_close(rescaled.decode(latents / 0.18215).sample, pictures, rtol=1e-4, atol=1e-5)
+        images = vae.decode(latents / factor).sample
+        torch.testing.assert_close(rescaled.decode(latents / 0.18215).sample, images, rtol=1e-4, atol=1e-5)
 
 
 def test_what_shapes_do_not_show_is_kept_in_the_metadata(tmp_path):
@@ -260,7 +263,7 @@ def test_what_shapes_do_not_show_is_kept_in_the_metadata(tmp_path):
 def test_v_prediction_of_sd2_is_guessed(tmp_path):
     config = UNetConfig(block_out_channels=(64, 64, 64, 64), context_dim=1024, use_linear_projection=True,
                         num_attention_heads=1)  # fmt: skip
-    unet = UNet2DConditionModel.from_config(config.to_diffusers()).state_dict()
+    unet = UNet2DConditionModel.from_config(unet_dict(config)).state_dict()
     bias = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
     for spread, step, expected in [(0.03, None, "epsilon"), (0.2, None, "v_prediction"), (0.2, 875000, "epsilon")]:
         unet[bias] = torch.linspace(-2, 2, 64) * spread

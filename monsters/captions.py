@@ -1,17 +1,20 @@
-"""What is said about a monster: a small grammar that turns its record into one true English sentence.
+"""Captions: a small grammar that turns a monster's record into one true English sentence.
 
-Captions are in the manner of the hub's ("a drawing of a blue water type pokemon with bat wings"), in several word
-orders. As people do, they leave some attributes unsaid; they never say one that is not there.
+Captions sound like those of the Pokémon data sets ("a drawing of a blue water type pokemon with bat wings"), in several
+word orders. Like people, they leave some attributes out; they never name one that the monster does not have.
 """
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
-NOUNS = ("pokemon", "pokemon", "pokemon", "monster", "creature")
+from monsters.record import COLOURS, ELEMENTS, Monster
+
+NOUNS = ("pokemon", "pokemon", "pokemon", "monster", "creature")  # listed twice = twice as likely
 OPENINGS = ("a drawing of", "a drawing of", "a picture of", "an illustration of", "a cartoon of")
 
+# value of the attribute -> phrases that say so
 BODY = {
     "round": ("with a round body", "shaped like a ball"),
     "pear": ("with a pear-shaped body", "shaped like a pear"),
@@ -41,7 +44,7 @@ CREST = {
 }
 PATTERN = {"spots": ("spots",), "stripes": ("stripes",)}
 BELLY = {"plain": ("a pale belly", "a light belly"), "striped": ("a striped belly",)}
-SIGN = {
+MOTIF = {  # element -> its sign: one on the head or the tail, several around
     "fire": ("a flame", "flames"),
     "water": ("a water drop", "water drops"),
     "grass": ("a leaf sprout", "leaf sprouts"),
@@ -52,8 +55,8 @@ SIGN = {
     "poison": ("poison bubbles", "poison bubbles"),
     "fairy": ("a star", "stars"),
 }
-SIGN_PLACE = {"head": "on its head", "tail": "on its tail", "around": "around it"}
-MOOD = {
+MOTIF_PLACE = {"head": "on its head", "tail": "on its tail", "around": "around it"}
+MOOD = {  # phrases that stand before the noun, and phrases that stand at the end
     "smiling": (("smiling", "happy"), ("smiling", "with a smile")),
     "laughing": (("laughing",), ("laughing", "laughing with closed eyes")),
     "grumpy": (("grumpy", "angry"), ("looking grumpy", "frowning")),
@@ -64,8 +67,8 @@ MOOD = {
 }
 
 
-def write(m) -> str:
-    """One caption for a `monsters.Monster`; which words it uses is decided by the monster's index alone."""
+def write_caption(m: Monster) -> str:
+    """One caption for a monster; which words it uses follows from the monster's index alone."""
     rng = random.Random(f"caption {m.index}")
 
     def pick(options: Sequence[str]) -> str:
@@ -92,42 +95,38 @@ def write(m) -> str:
         features.append(pick(BELLY[m.belly]))
     if m.pattern != "plain" and chance(0.75):
         features.append(pick(PATTERN[m.pattern]))
-    sign = ""
+    motif = ""
     if chance(0.45):
-        one, many = SIGN[m.element]
-        sign = f"{many if m.motif_place == 'around' else one} {SIGN_PLACE[m.motif_place]}"
-    features = [feature for _, feature in sorted((rng.random(), feature) for feature in features)][
-        : 4 if not sign else 3
-    ]
-    if sign:
-        features.append(sign)
-    having = f"with {listed(features)}" if features else ""
+        one, several = MOTIF[m.element]
+        motif = f"{several if m.motif_place == 'around' else one} {MOTIF_PLACE[m.motif_place]}"
+    features = [feature for _, feature in sorted((rng.random(), feature) for feature in features)]  # in random order
+    features = [*features[:3], motif] if motif else features[:4]
+    with_features = f"with {listed(features)}" if features else ""
 
     style = rng.random()
     if style < 0.50:  # a drawing of a blue water type pokemon on four legs with bat wings, smiling
         first = f"{opening} {article(joined(colour, element, noun))}"
         if body.startswith("with") and features:
-            features, having = [body.removeprefix("with "), *features], ""
-            text = f"{first} with {listed(features)}"
+            text = f"{first} with {listed([body.removeprefix('with '), *features])}"
         else:
-            text = joined(first, body, having)
-        tail = pick(after) if say_mood else ""
+            text = joined(first, body, with_features)
+        ending = pick(after) if say_mood else ""
     elif style < 0.72:  # a smiling blue water type pokemon with bat wings, on four legs
         mood = pick(before) if say_mood else ""
-        text = joined(article(joined(mood, colour, element, noun)), having)
-        tail = body
+        text = joined(article(joined(mood, colour, element, noun)), with_features)
+        ending = body
     elif style < 0.88:  # a drawing of a smiling blue pokemon on four legs, water type, with bat wings
         mood = pick(before) if say_mood else ""
         text = joined(opening, article(joined(mood, colour, noun)), body)
-        tail = ", ".join(filter(None, (element, having)))
-    else:  # a blue pokemon on four legs, smiling, with bat wings and the like
+        ending = ", ".join(filter(None, (element, with_features)))
+    else:  # a blue water type pokemon on four legs, smiling, with bat wings
         text = joined(article(joined(colour, element, noun)), body)
-        tail = ", ".join(filter(None, (pick(after) if say_mood else "", having)))
-    return f"{text}, {tail}" if tail else text
+        ending = ", ".join(filter(None, (pick(after) if say_mood else "", with_features)))
+    return f"{text}, {ending}" if ending else text
 
 
-def joined(*pieces: str) -> str:
-    return " ".join(filter(None, pieces))
+def joined(*phrases: str) -> str:
+    return " ".join(filter(None, phrases))
 
 
 def article(phrase: str) -> str:
@@ -138,11 +137,10 @@ def listed(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def words(colours: Iterable[str], elements: Iterable[str]) -> set[str]:
-    """Every word that `write` can use, given the names of colours and elements."""
-    single = chain(NOUNS, OPENINGS, colours, elements, SIGN_PLACE.values(), ("a", "an", "and", "type", "with"))
-    tables = chain.from_iterable(
-        chain.from_iterable(t.values()) for t in (BODY, WINGS, TAIL, CREST, PATTERN, BELLY, SIGN)
-    )
+def words() -> set[str]:
+    """Every word that a caption can contain."""
+    tables = (BODY, WINGS, TAIL, CREST, PATTERN, BELLY, MOTIF)
+    phrases = chain.from_iterable(chain.from_iterable(table.values()) for table in tables)
     moods = chain.from_iterable(chain(*pair) for pair in MOOD.values())
-    return set(re.findall(r"[a-z-]+", " ".join(chain(single, tables, moods))))
+    others = (*NOUNS, *OPENINGS, *COLOURS, *ELEMENTS, *MOTIF_PLACE.values(), "a", "an", "and", "type", "with")
+    return set(re.findall(r"[a-z-]+", " ".join(chain(phrases, moods, others))))

@@ -13,7 +13,7 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 from torch import nn
 
-from pretrained_files import (
+from published.weight_files import (
     choose_weight_files,
     load_strict,
     locate,

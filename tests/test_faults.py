@@ -1,0 +1,145 @@
+"""Every line of the objective is held by a test: faults are put into a copy of the code, one at a time, and found.
+
+Each fault is one replacement in one file, and the test that must fail because of it. Without a fault all these tests
+pass, which is what the rest of the suite shows. Takes some minutes: python -m pytest tests/test_faults.py -m faults
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.children import fork, redirect, use_code_in
+from tests.conftest import ROOT
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in `file`; then `test` fails."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+UNET, VAE, CLIP = "train_stable_diffusion.py", "train_vae.py", "train_clip.py"
+REPORTER, FOLDER, REPRODUCIBLE = "training/reporter.py", "training/run_folder.py", "training/reproducible.py"
+STEP = "test_training.py::test_a_step_weighs_by_min_snr_and_clips_as_its_options_say"
+BATCH = "test_training.py::test_a_batch_has_mirrors_dropped_captions_posterior_noise_scale_and_all_timesteps"
+JUDGED = "test_training.py::test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate[0.9]"
+KILLED, STOPPED = "test_interruptions.py::test_killed_and_resumed", "test_interruptions.py::test_stopped_and_resumed"
+DAMAGED = "test_run_folder.py::test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used"
+
+FAULTS = [
+    # The batch
+    Fault("no scaling factor", UNET, "model.vae.scale_latents(posterior.sample(noise=spread))", "posterior.sample(noise=spread)", BATCH),
+    Fault("no posterior noise", UNET, "posterior.sample(noise=spread)", "posterior.mode()", BATCH),
+    Fault("mirror ignored", UNET, "mirrored[mine], dropped[mine]", "mirrored[mine] & False, dropped[mine]", BATCH),
+    Fault("caption dropout off", UNET, "< options.caption_dropout", "< 0", BATCH),
+    Fault("half of the timesteps", UNET, "torch.randint(model.schedule.num_timesteps,", "torch.randint(model.schedule.num_timesteps // 2,", BATCH),
+    Fault("the same noise in every step", UNET, 'options.seed, "step", step)', 'options.seed, "step", 0)', BATCH),
+    Fault("noise offset ignored", UNET, "noise + options.noise_offset * shift", "noise", BATCH),
+    Fault("processes see the same slice", UNET, "slice(processes.rank * N // processes.count,", "slice(0 * N // processes.count,", "test_training.py::test_processes_take_slices_of_one_batch"),
+    Fault("images drawn with replacement", REPRODUCIBLE, "positions[epochs == e] % count", "positions[epochs == e] // 2 % count", "test_training.py::test_every_image_once_an_epoch"),
+    Fault("held-out images trained on", UNET, "return order[held_out:], order[:held_out]", "return order, order[:held_out]", "test_training.py::test_split_is_fixed_and_complete"),
+    # The loss
+    Fault("min-SNR unused by the loss", UNET, "schedule.loss_weight(batch.t, gamma) * error", "error", "test_training.py::test_loss_is_the_weighted_error"),
+    Fault("min-SNR not passed on", UNET, "options.min_snr_gamma or None", "None", STEP),
+    Fault("the network sees clean latents", UNET, "prediction = unet(x_t,", "prediction = unet(batch.latents,", "test_training.py::test_the_network_is_shown_the_noisy_latents_and_the_timestep_and_the_words"),
+    Fault("autocast off", UNET, "precision != torch.float32, cache_enabled", "False, cache_enabled", "test_training.py::test_a_step_computes_in_the_precision_asked_for"),
+    Fault("parts of a batch not averaged", UNET, ".mean() / parts", ".mean()", "test_training.py::test_a_step_adds_up_its_parts_to_the_gradient_of_the_mean"),
+    Fault("only the last part learned from", UNET, "total += loss.detach()", "total += loss.detach(); i < parts - 1 and optimizer.zero_grad()", "test_training.py::test_a_step_adds_up_its_parts_to_the_gradient_of_the_mean"),
+    Fault("validation at one timestep", UNET, "(chunks[k] + 0.5)", "(chunks[k] * 0 + 0.5)", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
+    # The update
+    Fault("learning rate never set", UNET, 'group["lr"] = rate', "pass", JUDGED),
+    Fault("no warm-up", REPRODUCIBLE, "return peak * (step + 1) / warmup", "return peak", "test_training.py::test_learning_rate_shape"),
+    Fault("no clipping", REPRODUCIBLE, "clip_grad_norm_(parameters, max_norm or math.inf)", "clip_grad_norm_(parameters, math.inf)", "test_training.py::test_gradients_are_clipped_to_the_norm_asked_for_and_0_switches_it_off"),
+    Fault("clipping not passed on", UNET, "descend(optimizer, options.gradient_clip)", "descend(optimizer, 0.0)", STEP),
+    Fault("steps of NaN taken", REPRODUCIBLE, "optimizer.found_inf, optimizer.grad_scale = (~norm.isfinite()).float(), None", "pass", "test_training.py::test_a_gradient_that_is_not_finite_changes_nothing"),
+    Fault("norms and biases decay", REPRODUCIBLE, '"weight_decay": 0.0}', '"weight_decay": weight_decay}', "test_training.py::test_gains_and_biases_do_not_decay"),
+    Fault("EMA with its weights swapped", REPRODUCIBLE, "_foreach_lerp_(averages, current, 1 - decay)", "_foreach_lerp_(averages, current, decay)", "test_training.py::test_the_average_moves_by_one_minus_its_decay"),
+    Fault("EMA never updated", UNET, "self.ema.update(self.unet, step)", "pass", KILLED + "[average-4]"),
+    Fault("EMA remembers its start", REPRODUCIBLE, "min(self.decay, (1 + step) / (10 + step))", "self.decay", "test_training.py::test_the_average_moves_by_one_minus_its_decay"),
+    # What is judged and saved
+    Fault("raw weights saved, validated and previewed", UNET, "model.unet = self.ema.module if self.ema else self.unet", "model.unet = self.unet", JUDGED),
+    Fault("raw weights validated", UNET, "validation_loss(self.model.unet,", "validation_loss(self.unet,", JUDGED),
+    Fault("raw weights previewed", UNET, "images = model.sample(", "model.unet = self.unet; images = model.sample(", JUDGED),
+    Fault("raw weights saved", UNET, "lambda path: self.model.save_pretrained", "lambda path: setattr(self.model, 'unet', self.unet) or self.model.save_pretrained", JUDGED),
+    Fault("every checkpoint called the best", REPORTER, "best, self.best = score < self.best, min(score, self.best)", "best = True", "test_training.py::test_the_best_model_is_the_one_with_the_lowest_validation_loss"),
+    # Resuming
+    Fault("metrics not forgotten on resume", FOLDER, 'if int(row["step"]) <= step]', "]", KILLED + "[row-5]"),
+    Fault("losses of the open interval forgotten", REPORTER, 'state.get("recent", [])', "[]", KILLED + "[checkpoint-2]"),
+    Fault("optimizer not resumed", UNET, 'self.optimizer.load_state_dict(state["optimizer"])', "pass", KILLED + "[step-6]"),
+    Fault("average not resumed", UNET, 'state.get("ema", state["unet"])', 'state["unet"]', KILLED + "[step-6]"),
+    Fault("what a stop left undone is forgotten", REPORTER, 'set(state.get("undone", []))', "set()", STOPPED + "[5-step-6]"),
+    Fault("a fixed option may change", "training/options.py", 'if f.metadata.get("fixed")]', 'if f.metadata.get("fixed") is None]', "test_training.py::test_resuming_checks_everything_before_it_writes_anything"),
+    # Saved means saved
+    Fault("a stop is not heard", REPORTER, "self.stopping = self.processes.any(self.stop.asked)", "self.stopping = False", STOPPED + "[5-step-6]"),
+    Fault("a stop saves nothing", REPORTER, '{"checkpoint"} if is_last or self.stopping else set()', '{"checkpoint"} if is_last else set()', STOPPED + "[5-step-6]"),
+    Fault("checksums not looked at", FOLDER, "(damaged := archive.testzip()) is not None", "False", DAMAGED + "[flipped]"),
+    Fault("written in place", FOLDER, 'path.with_name(f".{path.name}.tmp"), path', "path, path", KILLED + "[checkpoint-2]"),
+    Fault("not flushed before the rename", FOLDER, "            _flush(file)\n", "            pass\n", "test_run_folder.py::test_content_is_on_the_disk_before_it_takes_its_name"),
+    Fault("NaN saved", FOLDER, "if not all_finite(tensors):", "if False:", "test_run_folder.py::test_weights_that_are_not_finite_are_never_written[nan]"),
+    Fault("all checkpoints kept", FOLDER, "for old in checkpoints_in(self.path)[keep:]:", "for old in []:", "test_run_folder.py::test_the_last_few_and_the_best_are_kept"),
+    Fault("a model overwritten unasked", FOLDER, "if present and not resume and not overwrite:", "if False:", "test_run_folder.py::test_what_a_run_left_is_not_overwritten_unasked"),
+    Fault("no lock", FOLDER, "            self._take_lock()\n", "            pass\n", "test_run_folder.py::test_two_runs_on_one_folder_the_second_refuses"),
+    # Processes
+    Fault("gradients never synchronised", UNET, "contextlib.nullcontext() if i == parts - 1 else without_synchronisation(unet)", "without_synchronisation(unet)", "test_processes.py::test_two_processes_train_what_one_does_in_two_halves"),
+    Fault("a stop is not told to the others", REPORTER, "self.processes.any(self.stop.asked)", "self.stop.asked", "test_processes.py::test_a_signal_on_one_process_stops_all_after_the_same_step[moments1]"),
+    # The VAE
+    Fault("KL weight ignored", VAE, "options.kl_weight * kl", "1e-6 * kl", "test_train_vae.py::test_the_loss_adds_its_terms_with_their_weights"),
+    Fault("the generator never adversarial", VAE, "loss = loss + options.discriminator_weight * weight * fooled", "pass", "test_train_vae.py::test_the_discriminator_joins_in_when_it_is_told_to"),
+    Fault("the generator pleases the wrong side", VAE, "fooled = -self.discriminator", "fooled = self.discriminator", "test_train_vae.py::test_the_decoder_learns_to_look_real"),
+    Fault("the discriminator never trained", VAE, "descend(self.critic, options.gradient_clip)", "pass", "test_train_vae.py::test_the_discriminator_joins_in_when_it_is_told_to"),
+    Fault("the discriminator learns to please", VAE, "self.critic.zero_grad(set_to_none=True)", "pass", "test_train_vae.py::test_the_discriminator_learns_from_its_own_loss_alone"),
+    Fault("the VAE's raw weights saved", VAE, "self.ema.save(temporary)", "self.vae.save(temporary)", "test_train_vae.py::test_stopped_run_resumes_with_the_same_bits"),
+    Fault("scaling factor not measured", VAE, "self.ema.config.scaling_factor = measure_scaling_factor", "_ = measure_scaling_factor", "test_train_vae.py::test_stopped_run_resumes_with_the_same_bits"),
+    # The CLIP
+    Fault("CLIP's raw weights saved", CLIP, "averaged = copy.deepcopy(self.ema.module)", "averaged = copy.deepcopy(self.model)", "test_train_clip.py::test_stopped_run_ends_with_the_same_bits"),
+    Fault("one half of CLIP's loss", CLIP, "F.cross_entropy(logits.T, own)", "F.cross_entropy(logits, own)", "test_train_clip.py::test_loss_is_transformers_own"),
+    Fault("the temperature unbounded", CLIP, "model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)", "pass", "test_train_clip.py::test_the_temperature_stays_within_the_papers_bound"),
+    # The evaluation
+    Fault("`evaluate` always obedient", "evaluate_stable_diffusion.py", "a and b == c for a, b, c in", "True for a, b, c in", "test_evaluation.py::test_obedience_counts_what_was_asked_for"),
+    Fault("mirrored copies not seen", "evaluate_stable_diffusion.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", "test_evaluation.py::test_a_planted_copy_is_nearest_to_its_original_mirrored_or_not"),
+]  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault_is_found(fault: Fault, tmp_path: Path) -> None:
+    copy = copy_of_the_code(tmp_path / "copy")
+    file = copy / fault.file
+    text = file.read_text(encoding="utf-8")
+    assert text.count(fault.old) == 1, f"{fault.file} must hold this once: {fault.old}"
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    process = fork(run_test, str(copy), f"tests/{fault.test}", str(tmp_path / "printed"))
+    process.join(300)
+    printed = (tmp_path / "printed").read_text(encoding="utf-8", errors="replace")
+    assert process.exitcode == pytest.ExitCode.TESTS_FAILED, f"no test failed:\n{printed[-3000:]}"
+
+
+def copy_of_the_code(copy: Path) -> Path:
+    """The code and its tests, with links to what is large."""
+    copy.mkdir()
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or path.name == "pyproject.toml":
+            shutil.copy(path, copy)
+        elif path.name in ("tests", "training", "published", "monsters", "benchmarks"):
+            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.name in ("vae_model.pth", "stable_diffusion_results"):
+            (copy / path.name).symlink_to(path)
+    return copy
+
+
+def run_test(copy: str, test: str, printed: str) -> None:
+    """Called in a child: one test of the copy; the exit code says how it went."""
+    redirect(printed)
+    use_code_in(copy)
+    os.chdir(copy)
+    options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "--rootdir", copy)
+    sys.exit(pytest.main([test, *options]))

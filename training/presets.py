@@ -1,0 +1,233 @@
+"""All options of the training scripts and of the evaluation, and the presets: every hyper-parameter in one place.
+
+Marked `fixed` is what makes a run the run it is: it may not change on --resume. 0 switches off wherever it says so.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.options import option
+
+_HERE = Path(__file__).resolve().parent.parent
+DEFAULT_DATASET = "svjack/pokemon-blip-captions-en-zh"
+PREDICTIONS = ("epsilon", "v_prediction")
+DEVICE = "auto (the best there is), cuda, cuda:1, mps or cpu"
+
+
+@dataclass
+class UNetOptions:
+    """Train the U-Net of a latent diffusion model on captioned images; a preset sets some of the options."""
+
+    # fmt: off
+    preset: str = option("pokemon", "monsters, pokemon or finetune", fixed=True, group="what it learns from")
+    dataset: str = option(DEFAULT_DATASET, "hub id, folder of captioned images, monsters or monsters:N", fixed=True)
+    split: str = option("train", "split of the data set", fixed=True)
+    revision: str | None = option(None, "revision of a data set on the hub", fixed=True)
+    caption_column: str | None = option(None, "column with the captions; default: text, en_text or caption. CLIP reads English", fixed=True)
+    caption: str | None = option(None, "one caption for all images of a folder that has none", fixed=True)
+    on_bad_image: str = option("error", "error or skip: what to do about files that cannot be read", fixed=True, choices=("error", "skip"))
+    resolution: int = option(512, "side of the images in pixels, divisible by 8", fixed=True, at_least=8, at_most=4096)
+    validation_share: float = option(0.05, "share of the images held out to measure the validation loss; 0 = none", fixed=True, at_least=0, below=1)
+
+    vae: str | None = option(None, "VAE: file, folder or hub id; default: the preset's, or --pretrained's own", fixed=True, group="what it starts from")
+    text_encoder: str | None = option(None, "CLIP: folder or hub id; default: the preset's, or --pretrained's own", fixed=True)
+    pretrained: str | None = option(None, "start from this whole model: folder, hub id or single file", fixed=True)
+    output_dir: str = option("stable_diffusion_results/pokemon", "the run folder")
+    resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
+    overwrite: bool = option(False, "start anew in a folder that holds a run or a model, which are lost")
+    seed: int = option(0, "of everything random", fixed=True, at_least=0)
+
+    block_out_channels: list[int] = option([128, 256, 384, 512], "channels, one value per resolution, finest first", fixed=True, at_least=1, group="the U-Net, if it starts from scratch")
+    attention_levels: list[int] = option([0, 1, 1, 1], "1 where the level attends to the text", fixed=True, at_least=0, at_most=1)
+    num_attention_heads: list[int] = option([8], "one number, or one per level", fixed=True, at_least=1)
+    layers_per_block: int = option(2, "residual blocks per level", fixed=True, at_least=1)
+    norm_num_groups: int = option(32, "groups of the group norms", fixed=True, at_least=1)
+
+    prediction_type: str | None = option(None, "epsilon or v_prediction; default: --pretrained's own, else epsilon", fixed=True, choices=PREDICTIONS, group="the objective")
+    zero_terminal_snr: bool = option(False, "end the schedule in pure noise (Lin et al. 2024); needs v_prediction", fixed=True)
+    min_snr_gamma: float = option(5.0, "gamma of the min-SNR weighting (Hang et al. 2023); 0 = off", fixed=True, at_least=0)
+    noise_offset: float = option(0.0, "strength of noise shared by a whole channel, for dark and bright images; 0 = off", fixed=True, at_least=0)
+    caption_dropout: float = option(0.1, "share of captions replaced by the empty one, which guidance needs; 0 = off", fixed=True, at_least=0, at_most=1)
+
+    max_steps: int = option(15_000, "training steps in all", at_least=1, group="optimisation")
+    batch_size: int = option(32, "images per step, over all processes and accumulation", fixed=True, at_least=1)
+    gradient_accumulation: int = option(1, "parts in which a process works through its share of a step", at_least=1)
+    learning_rate: float = option(2e-4, "at its peak, after the warm-up; then a cosine down to 0", above=0)
+    warmup_steps: int = option(500, "steps of linear warm-up; 0 = off", at_least=0)
+    weight_decay: float = option(0.01, "of AdamW, on matrices and filters, not on gains and biases; 0 = off", at_least=0)
+    gradient_clip: float = option(1.0, "largest gradient norm; 0 = off", at_least=0)
+    ema_decay: float = option(0.9995, "of the averaged weights, which are saved and sampled; 0 = off, which saves memory", at_least=0, below=1)
+    ema_on_cpu: bool = option(False, "keep the average in the CPU's memory: less on the GPU, slower steps")
+    precision: str = option("auto", "auto, float32 or bfloat16: what the networks compute in", choices=("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third slower")
+    compile: bool = option(False, "torch.compile the U-Net: slow to start, then faster")
+    device: str = option("auto", DEVICE)
+
+    log_every: int = option(20, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
+    validate_every: int = option(500, "steps between validation losses, and at the end; 0 = off", at_least=0)
+    preview_every: int = option(1000, "steps between sheets of samples, and at the end; 0 = off", at_least=0)
+    checkpoint_every: int = option(1000, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
+    keep_checkpoints: int = option(2, "the last so many are kept, and the best by validation", at_least=1)
+    preview_prompts: list[str] = option([], "prompts of the previews; default: captions of the data set")
+    preview_steps: int = option(25, "sampling steps of the previews", at_least=1, at_most=1000)
+    preview_guidance: float = option(3.0, "guidance scale of the previews; 1 = off")
+    save_precision: str = option("float32", "of the weights in OUTPUT_DIR/model: float32, bfloat16 or float16", choices=("float32", "bfloat16", "float16"))
+    wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
+    # fmt: on
+
+
+PRESETS: dict[str, dict] = {
+    # The quickstart: everything is drawn, small and cheap. Two CPU cores, minutes, no download, no account.
+    "monsters": {
+        "dataset": "monsters:160",
+        "resolution": 256,
+        "output_dir": "stable_diffusion_results/my_monsters",
+        "block_out_channels": [32, 64, 128, 256],
+        "attention_levels": [0, 1, 1, 1],
+        "num_attention_heads": [4],
+        "layers_per_block": 1,
+        "max_steps": 500,
+        "batch_size": 8,
+        "learning_rate": 6e-4,
+        "warmup_steps": 50,
+        "ema_decay": 0.99,
+        "validate_every": 100,
+        "preview_every": 250,
+        "checkpoint_every": 250,
+        "preview_steps": 15,
+        "log_every": 10,
+        "wandb": "off",
+    },
+    # From scratch on some hundred captioned images, with the published VAE and CLIP.
+    "pokemon": {},
+    # From the weights of Stable Diffusion 1.5: small steps, little memory.
+    "finetune": {
+        "pretrained": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "output_dir": "stable_diffusion_results/finetune",
+        "max_steps": 3000,
+        "batch_size": 4,
+        "gradient_accumulation": 4,
+        "learning_rate": 1e-5,
+        "warmup_steps": 100,
+        "ema_decay": 0.0,
+        "gradient_checkpointing": True,
+        "preview_guidance": 7.5,
+        "save_precision": "float16",
+    },
+}
+_SHIPPED = {"vae": str(_HERE / "vae_model.pth"), "text_encoder": str(_HERE / "stable_diffusion_results" / "clip")}
+_PUBLISHED = {"vae": "stabilityai/sd-vae-ft-mse", "text_encoder": "openai/clip-vit-large-patch14"}
+PARTS = {"monsters": _SHIPPED, "pokemon": _PUBLISHED, "finetune": _PUBLISHED}  # where no --pretrained brings them
+
+
+@dataclass
+class VAEOptions:
+    """Train the autoencoder. The defaults made `vae_model.pth`, for which they won short trials (one GPU)."""
+
+    # fmt: off
+    dataset: list[str] = option(["monsters:1000"], "one or more of: monsters[:N], a folder of captioned images, a hub id", fixed=True, group="what it learns from")
+    on_bad_image: str = option("error", "error or skip: what to do about files that cannot be read", fixed=True, choices=("error", "skip"))
+    resolution: int = option(512, "images are loaded at this size (pixels)", fixed=True, at_least=8, at_most=4096)
+    crop: int = option(192, "training sees random crops of this size (pixels), divisible by 8", fixed=True, at_least=8)
+    blank_weight: float = option(0.02, "chance of a blank crop relative to a full one; large numbers: crops anywhere", fixed=True, above=0)
+    validation_images: int = option(40, "held out, of each data set", fixed=True, at_least=1)
+
+    pretrained: str | None = option(None, "start from this VAE: file, folder or hub id", fixed=True, group="what it starts from")
+    output_dir: str = option("stable_diffusion_results/my_vae", "the run folder")
+    resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
+    overwrite: bool = option(False, "start anew in a folder that holds a run or a model, which are lost")
+    seed: int = option(0, "of everything random", fixed=True, at_least=0)
+    block_out_channels: list[int] = option([32, 64, 128, 128], "channels, one value per resolution, finest first", fixed=True, at_least=1)
+    layers_per_block: int = option(2, "residual blocks per level", fixed=True, at_least=1)
+    norm_num_groups: int = option(8, "groups of the group norms", fixed=True, at_least=1)
+
+    l1_weight: float = option(1.0, "of the mean absolute error; 0 = off", fixed=True, at_least=0, group="the objective")
+    l2_weight: float = option(20.0, "of the mean squared error, which is what PSNR measures; 0 = off", fixed=True, at_least=0)
+    kl_weight: float = option(1e-6, "of the KL, per pixel value as in LDM; 0 = off", fixed=True, at_least=0)
+    discriminator_start: int = option(-1, "step at which it joins in; -1 = never", fixed=True, at_least=-1)
+    discriminator_weight: float = option(0.5, "times the adaptive weight", fixed=True, at_least=0)
+
+    max_steps: int = option(4000, "training steps in all", at_least=1, group="optimisation")
+    batch_size: int = option(32, "crops per step", fixed=True, at_least=1)
+    learning_rate: float = option(1e-3, "at its peak; warmed up, then a cosine to 2 %", above=0)
+    warmup_steps: int = option(200, "steps of linear warm-up; 0 = off", at_least=0)
+    gradient_clip: float = option(1.0, "largest gradient norm; 0 = off", at_least=0)
+    ema_decay: float = option(0.999, "of the averaged weights, which are saved", fixed=True, at_least=0, below=1)
+    precision: str = option("auto", "auto, float32 or bfloat16", choices=("auto", "float32", "bfloat16"))
+    compile: bool = option(False, "torch.compile the network: slow to start, then faster")
+    device: str = option("auto", DEVICE)
+
+    log_every: int = option(20, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
+    validate_every: int = option(500, "steps between measurements, and at the end; 0 = off", at_least=0)
+    checkpoint_every: int = option(1000, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
+    keep_checkpoints: int = option(2, "the last so many are kept, and the best by validation", at_least=1)
+    wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
+    # fmt: on
+
+
+@dataclass
+class CLIPOptions:
+    """Train a small CLIP from scratch. The defaults are for a GPU."""
+
+    # fmt: off
+    dataset: list[str] = option(["monsters"], "one or more of: monsters (fresh ones without end), monsters:N, a folder of captioned images, a hub id", fixed=True, group="what it learns from")
+    on_bad_image: str = option("error", "error or skip: what to do about files that cannot be read", fixed=True, choices=("error", "skip"))
+    validation_images: int = option(100, "held out, of each data set", fixed=True, at_least=1)
+    mirror: bool = option(True, "mirror half of the images; not if captions say left", fixed=True)
+    fresh_monsters: int = option(16, "drawn anew for each step, of those it sees", fixed=True, at_least=1)
+    pool: int = option(16_384, "fresh monsters are kept until there are this many", fixed=True, at_least=1)
+    workers: int = option(-1, "processes that draw; -1 = one less than there are cores", at_least=-1)
+
+    pretrained: str | None = option(None, "start from this CLIP, tokenizer and shape included: a folder or hub id", fixed=True, group="what it starts from")
+    output_dir: str = option("stable_diffusion_results/my_clip", "the run folder")
+    resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
+    overwrite: bool = option(False, "start anew in a folder that holds a run or a model, which are lost")
+    seed: int = option(0, "of everything random", fixed=True, at_least=0)
+    image_size: int = option(96, "pixels a side, divisible by --patch_size", fixed=True, at_least=8)
+    patch_size: int = option(8, "pixels a side of what the vision transformer reads as one token", fixed=True, at_least=1)
+    vision_width: int = option(192, "width of the vision transformer", fixed=True, at_least=1)
+    vision_layers: int = option(5, "its layers", fixed=True, at_least=1)
+    text_width: int = option(192, "width of the text transformer, which is the U-Net's context_dim, too", fixed=True, at_least=1)
+    text_layers: int = option(4, "its layers", fixed=True, at_least=1)
+    head_width: int = option(32, "of each attention head, in both networks", fixed=True, at_least=1)
+    projection_width: int = option(128, "of the space where images and captions meet", fixed=True, at_least=1)
+    vocabulary_size: int = option(1536, "tokens at most; 514 of them are bytes and marks", fixed=True, at_least=514)
+
+    max_steps: int = option(8000, "training steps in all", at_least=1, group="optimisation")
+    batch_size: int = option(512, "more is better here: each step tells that many apart", fixed=True, at_least=2)
+    learning_rate: float = option(1e-3, "at its peak; warmed up, then a cosine to 1 %", above=0)
+    warmup_steps: int = option(200, "steps of linear warm-up; 0 = off", at_least=0)
+    weight_decay: float = option(0.1, "of AdamW, on matrices and filters, not on gains and biases; 0 = off", at_least=0)
+    gradient_clip: float = option(1.0, "largest gradient norm; 0 = off", at_least=0)
+    ema_decay: float = option(0.998, "of the averaged weights, which are saved", fixed=True, at_least=0, below=1)
+    precision: str = option("auto", "auto, float32 or bfloat16", choices=("auto", "float32", "bfloat16"))
+    device: str = option("auto", DEVICE)
+
+    log_every: int = option(25, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
+    validate_every: int = option(250, "steps between measurements, and at the end; 0 = off", at_least=0)
+    checkpoint_every: int = option(500, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
+    keep_checkpoints: int = option(2, "the last so many are kept, and the best by validation", at_least=1)
+    wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
+    # fmt: on
+
+
+@dataclass
+class EvaluationOptions:
+    """Measure a model: does it follow its prompts, does it copy, what does its VAE allow?"""
+
+    # fmt: off
+    model: str = option("stable_diffusion_results/monsters/model", "the model: folder, hub id or single file", group="what is measured")
+    dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
+    num_samples: int = option(100, "images to sample", at_least=1)
+    seed: int = option(0, "of the first image; the others count on", at_least=0)
+
+    resolution: int = option(512, "side of the images in pixels, divisible by 8", at_least=8, at_most=4096, group="how it samples")
+    batch_size: int = option(4, "images sampled at once", at_least=1)
+    steps: int = option(15, "sampling steps", at_least=1, at_most=1000)
+    sampler: str = option("dpm++2m", "ddpm, ddim, euler, euler_a or dpm++2m", choices=("ddpm", "ddim", "euler", "euler_a", "dpm++2m"))
+    guidance_scale: float = option(3.0, "classifier-free guidance; 1 = off")
+    device: str = option("auto", DEVICE)
+
+    output_dir: str = option("stable_diffusion_results/evaluation", "where the report goes", group="the report")
+    reuse: bool = option(False, "take the images that are already in --output_dir")
+    # fmt: on
