@@ -3,7 +3,7 @@
     python evaluate_stable_diffusion.py stable_diffusion_results/monsters/model --dataset monsters:4000
 
 samples images (for unseen captions of monsters, or for the data set's own captions), and writes into --output_dir:
-`report.json`, `samples.png` (images with prompts) and `nearest.png` (each sample beside the training image most like it).
+`report.json`, `samples.png` (images with prompts) and `nearest.png` (each sample beside the nearest training image).
 
 - Obedience (monsters only): a prompt names a colour; the pixel check of the monsters' own tests names the one drawn.
 - Memorisation: the distance of each sample to its nearest training image (or that image's mirror), against the same

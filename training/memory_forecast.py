@@ -64,8 +64,8 @@ def rehearse_step(
 ) -> int:
     """Most bytes that gradients, activations and low-precision copies take together at one moment of a training step.
 
-    `latents`: (images in a micro-batch, h, w); `length`: text tokens; `accumulates`: there are several micro-batches, so
-    the gradients of the first are there when the second begins.
+    `latents`: (images in a micro-batch, h, w); `length`: text tokens; `accumulates`: there are several micro-batches,
+    so the gradients of the first are there when the second begins.
     """
     with FakeTensorMode(), torch.device(device_type):
         unet = UNet(config)

@@ -106,8 +106,8 @@ class Reporter:
     def record(self, learning_rate: float, **values: Tensor) -> None:
         """Ends a step: `values` are scalars on the device, `loss` and `gradient_norm` among them.
 
-        A step whose gradient norm is not finite was skipped by the optimizer (`clip_and_step`); it is counted, and where
-        no step of an interval was finite, `DivergedError` ends the run.
+        A step whose gradient norm is not finite was skipped by the optimizer (`clip_and_step`); it is counted, and
+        where no step of an interval was finite, `DivergedError` ends the run.
         """
         self.rate = learning_rate
         self.recent.append({name: value.detach().float() for name, value in values.items()})

@@ -211,7 +211,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Clips the gradients to `max_norm` (0 = off), steps, clears them; returns their norm before clipping, a 0-d tensor.
+    """Clips the gradients to `max_norm` (0 = off), steps, clears them; returns their norm before clipping (0-d).
 
     A gradient that is not finite changes nothing: a fused optimizer skips its step where `found_inf` says so, which is
     decided on the device, so that the host need not wait for it.
