@@ -31,7 +31,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16-bit and float greys: Pillow would clip them to white
         grey = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if grey.max() > 255 else 255.0
+        # Of "I" and "F", which only say how Pillow keeps the numbers, the range is a guess; I;16 is 16 bits for sure.
+        top = 65535.0 if image.mode.startswith("I;16") or grey.max() > 255 else 255.0
         image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

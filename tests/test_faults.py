@@ -80,7 +80,7 @@ FAULTS = [
     Fault("a fixed option may change", "training/options.py", 'if f.metadata.get("fixed")]', 'if f.metadata.get("fixed") is None]', "test_training.py::test_resuming_checks_everything_before_it_writes_anything"),
     # Saved means saved
     Fault("a stop is not heard", REPORTER, "self.stopping = self.processes.any(self.stop.asked)", "self.stopping = False", STOPPED + "[5-step-6]"),
-    Fault("a stop saves nothing", REPORTER, '{"checkpoint"} if is_last or self.stopping else set()', '{"checkpoint"} if is_last else set()', STOPPED + "[5-step-6]"),
+    Fault("a stop saves nothing", REPORTER, '{"checkpoint"} if is_last or self.stopping else set()', '{"checkpoint"} if is_last else set()', STOPPED + "[3-step-1]"),
     Fault("checksums not looked at", FOLDER, "(damaged := archive.testzip()) is not None", "False", DAMAGED + "[flipped]"),
     Fault("written in place", FOLDER, 'path.with_name(f".{path.name}.tmp"), path', "path, path", KILLED + "[checkpoint-2]"),
     Fault("not flushed before the rename", FOLDER, "            _flush(file)\n", "            pass\n", "test_run_folder.py::test_content_is_on_the_disk_before_it_takes_its_name"),

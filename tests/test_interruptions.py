@@ -90,6 +90,8 @@ def test_stopped_and_resumed(runs: Runs, reference: Path, tmp_path: Path, index:
     code = child.wait()
     printed = child.output()
     assert "Traceback" not in printed
+    if place in ("step", "average", "preview", "decoding"):
+        assert "Stopped at step" in printed
     if code == 0 and "Stopped at step" in printed:
         step = int(printed.rpartition("Stopped at step ")[2].split()[0])
         assert "and saved" in printed and (tmp_path / "run" / "checkpoints" / f"step_{step:08d}.pt").is_file()

@@ -172,7 +172,7 @@ def test_wandb_that_cannot_be_reached_costs_a_line(
     run.start_wandb("project")
     assert [call["mode"] for call in wandb.calls] == modes
     said = capsys.readouterr()
-    assert "W&B" in said.err and "Traceback" not in said.err
+    assert "W&B" in said.out and "Traceback" not in said.out + said.err
     take_steps(run, [1.0] * 10)
     assert len(rows(folder)) == 3
 
@@ -184,7 +184,7 @@ def test_wandb_that_breaks_in_mid_run_costs_a_line(
     run = reporter(folder, wandb="auto")
     run.start_wandb("project")
     take_steps(run, [1.0] * 10)
-    assert capsys.readouterr().err.count("W&B: failed (broken pipe)") == 1
+    assert capsys.readouterr().out.count("W&B: failed (broken pipe)") == 1
     assert len(rows(folder)) == 3
 
 
