@@ -95,7 +95,7 @@ def load_captioned_images(
     return _two_columns(found, source, caption_column, caption)
 
 
-_INSTEAD = "pass a folder of captioned images, or monsters:2000, which is drawn here and needs no download."
+_INSTEAD = "pass a folder of captioned images, or --dataset monsters:2000, which is drawn here and needs no download."
 
 
 def _part_of(split: str, name: str, source: str, found: datasets.Dataset) -> datasets.Dataset:
