@@ -12,12 +12,10 @@ kept in `training.encoded_cache` under the SHA-256 of their content, so that not
 Letters: N images in the batch, R resolution, h = w = R/8, L text tokens, D width of the text encoding.
 """
 
-import hashlib
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -31,7 +29,15 @@ from published import first_line
 from text_encoder import TextEncoder
 from training.background import Progress
 from training.captioned_folder import CAPTION_COLUMNS, read_folder
-from training.encoded_cache import EncodedCache, Rows, encode_missing, fingerprint, tokenizer_fingerprint
+from training.encoded_cache import (
+    EncodedCache,
+    Rows,
+    cache_folder,
+    encode_missing,
+    fingerprint,
+    sha256,
+    tokenizer_fingerprint,
+)
 from training.image_files import (
     BadImageError,
     content_keys,
@@ -219,6 +225,7 @@ class CaptionedLatents:
     contexts: Rows  # row c: (L, D); row 0 is the empty caption
     caption_of: Tensor  # (images,) long: the row of each image's caption
     captions: list[str]  # the distinct captions, in the order of `contexts`
+    digest: str = ""  # of all images and captions in their order: what a resumed run must find as it was
 
     def __len__(self) -> int:
         return len(self.caption_of)
@@ -259,7 +266,7 @@ def prepare(
     if on_bad_image not in ("error", "skip"):
         raise UserError(f"--on_bad_image {on_bad_image}: choose error or skip.")
     texts = [(text or "").strip() for text in images["text"]]
-    if len(set(processes.gather(_sha256("\n".join(texts).encode())))) > 1:
+    if len(set(processes.gather(sha256("\n".join(texts).encode())))) > 1:
         raise UserError("--dataset: the processes see different data sets; give all machines the same files.")
 
     side = resolution // vae.config.downsampling
@@ -268,7 +275,7 @@ def prepare(
         "transform": f"{TRANSFORM_VERSION}, {resolution}",
         "precision": str(precision),
     }
-    moments = EncodedCache(_cache_folder("images"), made_by, (2, 2 * vae.config.latent_channels, side, side))
+    moments = EncodedCache(cache_folder("images"), made_by, (2, 2 * vae.config.latent_channels, side, side))
     keys, bad = content_keys(images, processes)
     bad |= _undecodable(images, keys, moments, resolution, processes)
     if bad:
@@ -284,10 +291,11 @@ def prepare(
     device = processes.device
     budget = memory_for_data(device)
     image_rows = Rows(moments, keys, device, budget)
-    caption_rows = Rows(contexts, [_sha256(text.encode()) for text in captions], device, budget - image_rows.nbytes)
+    caption_rows = Rows(contexts, [sha256(text.encode()) for text in captions], device, budget - image_rows.nbytes)
     row = {caption: i for i, caption in enumerate(captions)}
     caption_of = torch.tensor([row[text] for text in texts], device=device)
-    return CaptionedLatents(image_rows, caption_rows, caption_of, captions)
+    digest = sha256(b"".join(keys) + "\n".join(texts).encode()).hex()
+    return CaptionedLatents(image_rows, caption_rows, caption_of, captions, digest)
 
 
 def memory_for_data(device: torch.device) -> int:
@@ -338,7 +346,7 @@ def _encode_images(
             cell = images[index_of[distinct[i]]]["image"]
             try:
                 content = content_of(cell)
-                if _sha256(content) != distinct[i]:
+                if sha256(content) != distinct[i]:
                     raise BadImageError("other content")
                 pixels[row] = pixels_of(content, resolution)
             except BadImageError as error:  # it was fine when all were checked
@@ -372,7 +380,7 @@ def _encode_captions(captions: list[str], encoder: TextEncoder, processes: Proce
         "text encoder": f"{fingerprint(encoder.model)} {activation}",
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
-    cache = EncodedCache(_cache_folder("captions"), made_by, (encoder.length, encoder.width))
+    cache = EncodedCache(cache_folder("captions"), made_by, (encoder.length, encoder.width))
     ids = tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
     if processes.is_main:
         _warn_of_captions(captions, ids, encoder)
@@ -385,7 +393,7 @@ def _encode_captions(captions: list[str], encoder: TextEncoder, processes: Proce
     def encode(rows: Tensor) -> Tensor:
         return encoder.model(rows.to(device)).last_hidden_state  # (N, L, D)
 
-    keys = [_sha256(caption.encode()) for caption in captions]
+    keys = [sha256(caption.encode()) for caption in captions]
     encode_missing(cache, keys, load, encode, encoder.model, batch_size, processes, "encoding captions")
     return cache
 
@@ -409,12 +417,3 @@ def _warn_of_captions(captions: list[str], ids: list[list[int]], encoder: TextEn
         if found:
             counted = f"{len(found)} of {len(captions) - 1} different captions {what}"
             warnings.warn(f"{counted}, such as {found[0][:60]!r}.", stacklevel=4)
-
-
-def _sha256(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def _cache_folder(kind: str) -> Path:
-    """Under the cache of `datasets`, which the environment variable HF_DATASETS_CACHE moves."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "stable_diffusion" / kind

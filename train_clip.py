@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerBase
 
 import monsters
 from images import image_to_pixels
+from monsters.workers import follow_main_process
 from pokemon_dataset import load_images
 from stable_diffusion_model import choose_device
 from training.clip_model import (
@@ -63,6 +64,7 @@ from training.reproducible import (
     decay_groups,
     generator_for,
     learning_rate_at,
+    load_optimizer,
     resolve_precision,
 )
 from training.run_folder import RunFolder, load_checkpoint
@@ -139,7 +141,7 @@ class FreshMonsters:
             batch_size=self.chunk,
             num_workers=workers,
             collate_fn=_collate,
-            worker_init_fn=_ignore_ctrl_c,
+            worker_init_fn=_follow,
             prefetch_factor=4 if workers else None,
         )
         self.stream: Iterator | None = None
@@ -181,9 +183,9 @@ def _collate(rows: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]
     return np.stack(drawn), list(captions)  # arrays go through a pipe: shared memory is scarce in containers
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _follow(worker: int) -> None:
+    follow_main_process()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all processes of a job: the main one decides when to stop
 
 
 def augment(images: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
@@ -268,7 +270,7 @@ class Run:
         else:
             self.model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             folder.resume(options, state["step"], COLUMNS, [SCORES[0]] if "validation" in state["undone"] else [])
         self.reporter.start_wandb("stable-diffusion-clip")
         print(

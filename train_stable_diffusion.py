@@ -48,10 +48,11 @@ from training.reproducible import (
     generator_for,
     join_processes,
     learning_rate_at,
+    load_optimizer,
     resolve_precision,
     was_restarted,
 )
-from training.run_folder import RunFolder, atomically, checkpoints_in, load_common_checkpoint
+from training.run_folder import RunFolder, atomically, is_own, load_common_checkpoint
 from training.script import UserError, run, user_errors
 from vae_model import DiagonalGaussian
 
@@ -250,9 +251,8 @@ class Run:
         self.unet.gradient_checkpointing = options.gradient_checkpointing
         average_on = "cpu" if options.ema_on_cpu else device
         self.ema = EMA(self.unet, options.ema_decay, average_on) if options.ema_decay else None
-        self.optimizer = torch.optim.AdamW(
-            decay_groups(self.unet, options.weight_decay), lr=options.learning_rate, fused=True
-        )
+        groups = decay_groups(self.unet, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
         model.unet = self.ema.module if self.ema else self.unet  # what is measured, sampled and saved
         duties = {
             "validation": options.validate_every if len(self.held_out) else 0,
@@ -350,6 +350,7 @@ class Run:
     def save(self, is_best: bool) -> None:
         """A checkpoint, and model/ in the standard folder; best_model/ as well if no validation loss was lower."""
         state = self.reporter.state() | {"unet": self.unet.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["data"] = self.data.digest
         state |= {"ema": self.ema.module.state_dict()} if self.ema else {}
         if self.folder is not None:
             self.folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
@@ -360,12 +361,14 @@ class Run:
         self.reporter.saved()
 
     def load(self, state: dict) -> None:
-        """Takes up weights, average and optimizer from a checkpoint; UserError if they are another U-Net's."""
+        """Takes up weights, average and optimizer; UserError if they are another U-Net's, or of other data."""
+        if state["data"] != self.data.digest:
+            raise UserError(f"--resume: the data set is not what it was ({self.options.dataset}); start a new run.")
         try:
             self.unet.load_state_dict(state["unet"])
             if self.ema:
                 self.ema.module.load_state_dict(state.get("ema", state["unet"]))  # none yet if it was off until now
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"--resume: the checkpoint does not fit this U-Net ({str(error).splitlines()[0]}); start a new run."
@@ -384,22 +387,21 @@ class Run:
         """Says how it ended, and what to do next."""
         if not self.reporter.finish() or self.folder is None:
             return
-        path = self.folder.path
+        path, side = self.folder.path, str(self.options.resolution)
         made = ["samples"] * bool(self.options.preview_every) + ["loss.png", "model"]
         print(f"\nDone: {', '.join(str(path / name) for name in made)}")
         if self.device.type == "cuda":
             print(f"Peak GPU memory: {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
-        side = str(self.options.resolution)
-        command = ["python", str(Path(__file__).with_name("sample_stable_diffusion.py")), "PROMPT"]
-        command += ["--model", str(path / "model"), "--height", side, "--width", side]
-        print("Sample from it:", shlex.join([*command, "--guidance_scale", f"{self.options.preview_guidance:g}"]))
+        command = ["python", str(Path(__file__).with_name("sample_stable_diffusion.py")), "PROMPT", "--height", side]
+        command += ["--width", side, "--guidance_scale", f"{self.options.preview_guidance:g}"]
+        print("Sample from it:", shlex.join([*command, "--model", str(path / "model")]))
 
 
 def main(argv: list[str]) -> None:
     options = parse_options(Options, argv, PRESETS, default_preset="pokemon")
     with user_errors():
         processes = join_processes(choose_device(options.device))
-    if was_restarted(processes) and checkpoints_in(Path(options.output_dir)):  # goes on with what it has saved
+    if was_restarted(processes) and processes.any(is_own(Path(options.output_dir))):  # goes on with what it has saved
         options = parse_options(Options, [*argv, "--resume"], PRESETS, default_preset="pokemon")
     if options.batch_size % (processes.count * options.gradient_accumulation):
         raise UserError(

@@ -38,6 +38,7 @@ from training.reproducible import (
     clip_and_step,
     generator_for,
     learning_rate_at,
+    load_optimizer,
     resolve_precision,
 )
 from training.run_folder import RunFolder, atomically, load_checkpoint
@@ -232,7 +233,9 @@ class Run:
             folder.start(options, COLUMNS)
         else:
             for name in self.PARTS:
-                getattr(self, name).load_state_dict(state[name])
+                part = getattr(self, name)
+                is_optimizer = isinstance(part, torch.optim.Optimizer)
+                load_optimizer(part, state[name]) if is_optimizer else part.load_state_dict(state[name])
             folder.resume(options, state["step"], COLUMNS, ["psnr"] if "validation" in state["undone"] else [])
         self.reporter.start_wandb("stable-diffusion-vae")
         print(

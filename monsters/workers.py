@@ -13,16 +13,16 @@ from contextlib import contextmanager
 def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes, started at the first task; tasks that have not begun when the block ends are dropped.
 
-    Without `_follow_main_process`, the workers of a main process that was killed would wait for tasks for ever.
+    Without `follow_main_process`, the workers of a main process that was killed would wait for tasks for ever.
     """
-    pool = ProcessPoolExecutor(count, initializer=_follow_main_process)
+    pool = ProcessPoolExecutor(count, initializer=follow_main_process)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _follow_main_process() -> None:
+def follow_main_process() -> None:
     """Called in each worker when it starts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler that the main process may have installed

@@ -79,6 +79,7 @@ def _run(
     before: Callable | None, more: tuple,
 ) -> None:  # fmt: skip
     redirect(printed)
+    os.setpgrp()  # so that a signal can be sent to it and its workers alone
     if root != str(ROOT):
         use_code_in(root)
     import datasets

@@ -3,13 +3,14 @@
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.children import Child, signal_at, start
-from tests.tiny import tiny_parts, training_arguments
+from tests.tiny import folder_at, tiny_parts, training_arguments
 
 SCHEDULE = "--max_steps 8 --checkpoint_every 3 --validate_every 2 --preview_every 4 --log_every 4".split()
 
@@ -63,10 +64,16 @@ def assert_same_run(run: Path, reference: Path) -> None:
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part]), part
     for a, b in zip(ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in b)
-    names = ["metrics.csv", "model/unet/diffusion_pytorch_model.safetensors", "best_model/model_index.json"]
+    names = [
+        "metrics.csv",
+        "model/unet/diffusion_pytorch_model.safetensors",
+        "best_model/unet/diffusion_pytorch_model.safetensors",
+    ]
     names += [f"samples/{name}" for name in ("step_000004.png", "step_000008.png", "prompts.txt")]
     for name in names:
         assert (run / name).read_bytes() == (reference / name).read_bytes(), name
+    best = [torch.load(r / "checkpoints" / "best.pt", weights_only=True) for r in (run, reference)]
+    assert best[0]["step"] == best[1]["step"] and best[0]["best_validation"] == best[1]["best_validation"]
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept[0] == "best.pt" and kept[-1] == "step_00000008.pt" and len(kept) == 3  # a stop saves one between
     assert not [path for path in run.rglob(".*")]
@@ -120,3 +127,54 @@ def test_killed_and_stopped_at_random_moments(runs: Runs, reference: Path, tmp_p
     if not (tmp_path / "run" / "checkpoints" / "step_00000008.pt").exists() or "Done" not in child.output():
         runs.go_on(tmp_path / "run")
     assert_same_run(tmp_path / "run", reference)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Workers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def wait_until_nobody_is_left(child: Child, seconds: float = 20) -> None:
+    """Fails if a process of the child's group is alive after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(child.process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(child.process.pid, signal.SIGKILL)
+    raise AssertionError("a worker is left")
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGTERM] * 2, [signal.SIGINT], [signal.SIGKILL]])
+def test_a_stop_while_monsters_are_drawn_leaves_no_worker(runs: Runs, tmp_path: Path, signals: list[int]) -> None:
+    child = runs.start(tmp_path / "run", "--dataset", "monsters:3000", "--resolution", "128", cache=tmp_path / "cache")
+    time.sleep(1.5)
+    for number in signals:
+        os.kill(child.process.pid, number)
+        time.sleep(0.05)
+    code = child.wait(30)
+    assert code == (-9 if signals[0] == signal.SIGKILL else 128 + signals[0]) and "Traceback" not in child.output()
+    wait_until_nobody_is_left(child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_the_whole_job_of_a_clip_saves_it_or_ends_it(tmp_path: Path, number: int) -> None:
+    """Its workers, which draw, neither die of a stop that is meant for the main process, nor outlive that."""
+    small = "--image_size 32 --patch_size 16 --vision_width 32 --vision_layers 1 --text_width 32 --text_layers 1"
+    small += " --head_width 16 --projection_width 16 --vocabulary_size 900 --batch_size 8 --validation_images 2"
+    more = "--workers 2 --fresh_monsters 4 --pool 64 --max_steps 100000 --log_every 1 --wandb off --device cpu"
+    argv = [*small.split(), *more.split(), "--dataset", "monsters", "--output_dir", str(tmp_path / "run")]
+    child = start("train_clip", argv, tmp_path / "cache", tmp_path / "printed")
+    end = time.monotonic() + 60
+    while "step 3/" not in (child.output() if child.printed.exists() else "") and time.monotonic() < end:
+        time.sleep(0.05)
+    if number == signal.SIGTERM:
+        os.killpg(child.process.pid, number)
+        assert child.wait(60) == 0 and "and saved" in child.output() and "Traceback" not in child.output()
+    else:
+        child.process.kill()
+        child.wait()
+    wait_until_nobody_is_left(child)
+    folder_at(tmp_path / "run", resume=True).close()  # nobody holds it

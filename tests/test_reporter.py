@@ -78,6 +78,16 @@ def test_on_a_stop_only_the_checkpoint_is_due_and_the_rest_is_left_to_the_resume
     assert rows(folder) == ["4,1.5,1.5,0.1,,", "8,5.5,5.5,0.1,,", "10,8.5,8.5,0.1,,"]  # as if it had not stopped
 
 
+def test_a_checkpoint_comes_again_if_the_validation_that_is_left_may_make_it_the_best(folder: RunFolder) -> None:
+    options = {"max_steps": 10, "log_every": 4, "wandb": "off"}
+    first = Reporter(UNetOptions(**options), folder, ALONE, {"validation": 3, "preview": 0, "checkpoint": 3})
+    due = take_steps(first, [1.0] * 10, stop_at=6)
+    assert due[6] == ["checkpoint"] and first.state()["undone"] == ["checkpoint", "validation"]
+    second = Reporter(UNetOptions(**options), folder, ALONE, first.duties, first.state())
+    assert second.due("validation") and second.due("checkpoint")
+    assert second.is_best(1.0) and not second.is_best(float("nan")) and not second.is_best(2.0) and second.is_best(0.5)
+
+
 def test_saved_is_said_only_of_what_was_saved(folder: RunFolder, capsys: pytest.CaptureFixture) -> None:
     first = reporter(folder)
     take_steps(first, [1.0] * 10, stop_at=2)

@@ -125,6 +125,21 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
         load_checkpoint(folder.path, CPU)
 
 
+def test_a_run_that_went_back_behind_a_damaged_checkpoint_keeps_what_it_writes(folder: RunFolder) -> None:
+    for step in (6, 9):
+        folder.save_checkpoint(state(step), keep=2)
+    (folder.path / "checkpoints" / "step_00000009.pt").write_bytes(b"damaged")
+    folder.save_checkpoint(state(7), keep=1)
+    assert names(folder) == ["step_00000007.pt"] and load_checkpoint(folder.path, CPU)["step"] == 7
+
+
+def test_the_best_checkpoint_is_there_when_no_other_can_be_read(folder: RunFolder) -> None:
+    folder.save_checkpoint(state(1), keep=1, is_best=True)
+    folder.save_checkpoint(state(2), keep=1)
+    (folder.path / "checkpoints" / "step_00000002.pt").write_bytes(b"damaged")
+    assert load_checkpoint(folder.path, CPU)["step"] == 1
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_never_written(folder: RunFolder, value: float) -> None:
     folder.save_checkpoint(state(1), keep=1)
@@ -200,7 +215,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "product", ["model/model_index.json", "vae_model.pth", "clip/config.json", "training_state.pt"]
+    "product", ["model/model_index.json", "vae_model.pth", "clip/config.json", "best_model/x", "checkpoints/best.pt"]
 )
 def test_what_a_run_left_is_not_overwritten_unasked(tmp_path: Path, product: str) -> None:
     path = tmp_path / "run" / product
@@ -215,6 +230,17 @@ def test_what_a_run_left_is_not_overwritten_unasked(tmp_path: Path, product: str
     folder.start(UNetOptions(), COLUMNS)
     folder.close()
     assert not path.exists()
+
+
+def test_files_that_are_not_the_runs_stay_as_they_are(tmp_path: Path) -> None:
+    for name in (".profile.old", "notes", ".notes.old", ".draft.tmp", "vae_model.pth"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(UserError, match=r"holds a vae_model\.pth already"):
+        folder_at(tmp_path)
+    folder_at(tmp_path, resume=True).close()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        name: name for name in (".profile.old", "notes", ".notes.old", ".draft.tmp", "vae_model.pth")
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,6 +268,27 @@ def test_a_damaged_row_is_named(folder: RunFolder) -> None:
     (folder.path / "metrics.csv").write_text("step,loss,validation_loss\n1,\x00\x00\n2,1,\n")
     with pytest.raises(UserError, match="line 2 is damaged"):
         folder.metrics()
+
+
+@pytest.mark.parametrize("text", ["1,2,3\n", "stepp,loss\n1,2\n", "step,loss\n1,garbage0.78\n2,1\n"])
+def test_damaged_metrics_are_a_sentence(folder: RunFolder, text: str) -> None:
+    (folder.path / "metrics.csv").write_text(text)
+    with pytest.raises(UserError, match=r"metrics\.csv: (the first line|line 2)"):
+        folder.resume(UNetOptions(), 5, COLUMNS, [])
+
+
+def test_missing_metrics_are_said(folder: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    (folder.path / "metrics.csv").unlink()
+    folder.resume(UNetOptions(), 5, COLUMNS, [])
+    assert "metrics.csv is missing" in capsys.readouterr().err
+
+
+def test_a_disk_that_safetensors_finds_full_is_a_sentence(folder: RunFolder) -> None:
+    def fails(path: Path) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        folder.write_folder("model", fails)
 
 
 def test_no_git_is_no_reason_not_to_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -359,6 +359,30 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, images_folder, monkeypatc
     assert any(not torch.equal(state["ema"][name], state["model"][name]) for name in state["model"])
 
 
+def test_rates_mirror_held_out_images_and_the_judged_model(tmp_path, images_folder, monkeypatch) -> None:
+    rates, mirrors, judged, step, r1 = [], [], [], train_clip.Run.train_step, iter([0.5, 0.25])
+    monkeypatch.setattr(train_clip.Run, "train_step", lambda self, i: (rates.append(rates_of(self)), step(self, i))[1])
+    monkeypatch.setattr(
+        train_clip, "augment", lambda images, mirror, g: (mirrors.append(mirror), augment(images, mirror, g))[1]
+    )
+    monkeypatch.setattr(train_clip, "retrieval", lambda model, *_: (judged.append(model), (next(r1), 0.5))[1])
+    argv = arguments(tmp_path / "run", "--dataset", str(images_folder), "--mirror", "no")
+    with folder_at(tmp_path / "run") as folder:
+        run = train_clip.Run(train_clip.parse_options(Options, argv), folder)
+        run.train()
+    assert rates == [[train_clip.learning_rate_at(i, 1e-3, 2, 6, floor=0.01)] * 2 for i in range(6)]
+    assert mirrors == [False] * 6 and all(model is run.ema.module for model in judged)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)["step"] == 3
+    ((held_out, _),) = run.sets.held_out.values()
+    ((training, _),) = run.sets.training.values()
+    rows = {row.numpy().tobytes() for row in (held_out * 127.5 + 127.5).round().to(torch.uint8)}
+    assert len(rows) == 8 and not rows & {row.numpy().tobytes() for row in training}
+
+
+def rates_of(run: train_clip.Run) -> list[float]:
+    return [group["lr"] for group in run.optimizer.param_groups]
+
+
 def test_the_temperature_stays_within_the_papers_bound(tmp_path, images_folder) -> None:
     run = make_run(tmp_path, images_folder)
     with torch.no_grad():

@@ -146,6 +146,36 @@ def test_goes_on_from_a_vae(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "vae_model.pth").is_file()
 
 
+def test_rates_are_set_and_the_best_is_the_one_with_the_highest_psnr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psnr, rates, judged, step = iter([30.0, 20.0]), [], [], script.Run.train_step
+
+    def stepping(self: script.Run, *args: object) -> dict:
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(script.Run, "train_step", stepping)
+    monkeypatch.setattr(script, "measure", lambda vae, images: (judged.append(vae), (next(psnr), 0.5))[1])
+    script.main(arguments(tmp_path / "run"))
+    assert rates == [script.learning_rate_at(i, 1e-3, 2, 6, floor=0.02) for i in range(6)]
+    best = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
+    assert best["step"] == 3
+    vae = {name: p for name, p in judged[-1].state_dict().items()}
+    last = torch.load(tmp_path / "run" / "checkpoints" / "step_00000006.pt", weights_only=True)
+    assert all(torch.equal(vae[name], last["ema"][name]) for name in vae)
+
+
+def test_each_step_draws_its_own_posterior_noise(tmp_path: Path) -> None:
+    run, seen = make_run(tmp_path), []
+    forward = run.vae.decode
+    run.vae.decode = lambda latents: (seen.append(latents.detach().clone()), forward(latents))[1]
+    run.optimizer.step = lambda: None
+    for step in (1, 2, 1):
+        run.train_step(crops_of_a_corner(), step)
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
 def make_run(tmp_path: Path, *more: str) -> script.Run:
     options = script.parse_options(Options, arguments(tmp_path / "run", "--validate_every", "0", *more))
     return script.Run(options, folder_at(tmp_path / "run"))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import monsters
 import train_stable_diffusion as script
 from noise_schedule import NoiseSchedule
 from samplers import timestep_grid
@@ -21,7 +22,7 @@ from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_parts, tiny_unet, training_arguments
 from train_stable_diffusion import Batch, Options, diffusion_loss, split_images, train_step, validation_loss
 from training.options import parse_options
-from training.presets import PRESETS
+from training.presets import PRESETS, VAEOptions
 from training.reproducible import (
     EMA,
     Processes,
@@ -31,6 +32,7 @@ from training.reproducible import (
     generator_for,
     learning_rate_at,
 )
+from training.run_folder import load_checkpoint
 from training.script import UserError
 
 CPU = torch.device("cpu")
@@ -301,15 +303,21 @@ def test_gains_and_biases_do_not_decay() -> None:
 def test_validation_is_spread_over_the_timesteps_and_over_the_images() -> None:
     """Whether one image is held out or eleven: every timestep's part of the range is visited as often as any other."""
     model = tiny_model()
+    model.vae.config.scaling_factor = 0.5
     for count in (1, 3, 11, 40):
         data = StandInData(count)
         seen: list[tuple[int, float]] = []
 
         def unet(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
             seen.extend(zip(context[:, 0, 0].long().tolist(), t.tolist(), strict=True))  # noqa: B023
+            clean = t < 10
+            means = data.moments[context[clean, 0, 0].long(), 0, :4]  # noqa: B023
+            torch.testing.assert_close(x[clean], 0.5 * means, atol=0.6, rtol=0)  # scaled, not mirrored, little noise
             return torch.zeros_like(x)
 
         first = validation_loss(unet, data, torch.arange(count), model, Processes(0, 1, CPU))
+        assert 0.9 < first < 1.1  # the variance of the noise: every timestep weighs the same
+        assert not any(drop.any() for drop in data.drops)
         timesteps = sorted(t for _, t in seen)
         gaps = np.diff([-timesteps[0] - 1, *timesteps, 2000 - timesteps[-1] - 1])
         assert len(seen) >= 64 and max(gaps) - min(gaps) <= 1.5 * 1000 / len(seen) + 1
@@ -428,7 +436,7 @@ def test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay: str
 ) -> None:
     """What is validated, previewed and saved are the averaged weights (the plain ones without an average)."""
-    runs, judged, rates = [], [], []
+    runs, judged, rates, validated = [], [], [], []
     validate, step, sample, init = (
         script.validation_loss,
         script.train_step,
@@ -443,18 +451,28 @@ def test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate(
     def stepping(
         unet: torch.nn.Module, schedule: NoiseSchedule, batch: Batch, optimizer: object, *more: object
     ) -> tuple:
+        assert unet.training and [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
         rates.append([group["lr"] for group in optimizer.param_groups])
         return step(unet, schedule, batch, optimizer, *more)
 
     def judge(network: torch.nn.Module) -> None:
         judged.append((network, {name: p.clone() for name, p in network.state_dict().items()}))
 
+    def validating(unet: torch.nn.Module, data: object, held_out: torch.Tensor, *more: object) -> float:
+        judge(unet)
+        validated.append(held_out)
+        return validate(unet, data, held_out, *more)
+
     monkeypatch.setattr(script.Run, "__init__", remember)
     monkeypatch.setattr(script, "train_step", stepping)
-    monkeypatch.setattr(script, "validation_loss", lambda unet, *a: (judge(unet), validate(unet, *a))[1])
+    monkeypatch.setattr(script, "validation_loss", validating)
     monkeypatch.setattr(StableDiffusion, "sample", lambda self, *a, **k: (judge(self.unet), sample(self, *a, **k))[1])
-    script.main(arguments(parts, tmp_path / "run", "--ema_decay", decay, "--preview_every", "3"))
+    more = ("--ema_decay", decay, "--preview_every", "3", "--weight_decay", "0.05")
+    script.main(arguments(parts, tmp_path / "run", *more))
     (run,) = runs
+    assert not float(decay) or run.ema.decay == 0.9
+    assert all(torch.equal(held_out, run.held_out) for held_out in validated) and len(validated) == 2
+    assert not set(run.held_out.tolist()) & set(run.chosen.tolist())
     average = run.ema.module if float(decay) else run.unet
     assert len(judged) == 4 and all(network is average for network, _ in judged)
     assert rates == [[learning_rate_at(i, run.options.learning_rate, 2, 6)] * 2 for i in range(6)]
@@ -496,6 +514,65 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     assert all(np.isfinite(float(row["loss"])) and np.isfinite(float(row["gradient_norm"])) for row in rows)
 
 
+def test_a_skipped_step_keeps_no_checkpoint_from_being_written(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loss = [], script.diffusion_loss
+
+    def once(unet: torch.nn.Module, *more: object) -> torch.Tensor:
+        calls.append(unet)
+        return loss(unet, *more) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(script, "diffusion_loss", once)
+    quiet = ("--preview_every", "0", "--validate_every", "0", "--log_every", "6", "--checkpoint_every", "3")
+    script.main(arguments(parts, tmp_path / "run", *quiet))
+    assert (tmp_path / "run" / "checkpoints" / "step_00000003.pt").is_file()
+
+
+def test_a_changed_data_set_is_not_resumed(parts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(8):
+        monsters.draw(i, 64).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(monsters.caption(i))
+    quiet = ("--dataset", str(folder), "--preview_every", "0", "--validate_every", "0")
+    script.main(arguments(parts, tmp_path / "run", *quiet, "--max_steps", "2"))
+    (folder / "3.txt").write_text("something else")
+    with pytest.raises(UserError, match="the data set is not what it was"):
+        script.main(["--resume", "--output_dir", str(tmp_path / "run"), "--max_steps", "3"])
+    (folder / "3.txt").write_text(monsters.caption(3))
+    script.main(["--resume", "--output_dir", str(tmp_path / "run"), "--max_steps", "3"])
+
+
+@pytest.mark.parametrize(
+    "content", ['{"options": []}', '{"options": {}}', '{"options": {"batch_size": [4]}}', "{", "[]"]
+)
+def test_a_damaged_config_is_a_sentence(parts: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        parse_options(Options, ["--resume", "--output_dir", str(tmp_path / "run")], PRESETS, "pokemon")
+
+
+def test_a_run_of_another_script_is_not_resumed(parts: Path, tmp_path: Path) -> None:
+    script.main(arguments(parts, tmp_path / "run", "--max_steps", "1", "--preview_every", "0"))
+    with pytest.raises(UserError, match="a run of another script"):
+        parse_options(VAEOptions, ["--resume", "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_job_that_torchrun_restarts_goes_on_with_its_own_run_only(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.main(arguments(parts, tmp_path / "run", "--max_steps", "2", "--preview_every", "0"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="holds a model already"):
+        script.main(arguments(parts, tmp_path / "run", "--max_steps", "3", "--preview_every", "0"))
+    script.main(arguments(parts, tmp_path / "new", "--max_steps", "2", "--preview_every", "0"))
+    script.main(arguments(parts, tmp_path / "new", "--max_steps", "3", "--preview_every", "0"))
+    assert load_checkpoint(tmp_path / "new", CPU)["step"] == 3
+
+
 def test_resuming_checks_everything_before_it_writes_anything(parts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     script.main(arguments(parts, run, "--max_steps", "3", "--preview_every", "0", "--validate_every", "0"))
@@ -518,6 +595,8 @@ def test_resuming_checks_everything_before_it_writes_anything(parts: Path, tmp_p
     script.main(["--resume", "--output_dir", str(run), "--config", str(config), "--log_every", "1"])
     saved = json.loads((run / "config.json").read_text())
     assert saved["resumed"][0]["changed"] == {"max_steps": 4, "learning_rate": 1e-5, "log_every": 1}
+    script.main(["--resume", "--output_dir", str(run), "--max_steps", "5", "--weight_decay", "0.5"])
+    assert load_checkpoint(run, CPU)["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
     config.write_text("seed: 4\n")
     with pytest.raises(UserError, match="--seed 4"):
         script.main(["--resume", "--output_dir", str(run), "--config", str(config)])
@@ -541,6 +620,8 @@ def test_resuming_checks_everything_before_it_writes_anything(parts: Path, tmp_p
         (["--validation_share", "0.99"], "--validation_share 0.99"),
         (["--keep_checkpoints", "0"], "--keep_checkpoints 0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999: must be at most"),
+        (["--min_snr_gamma", "1e308"], "--min_snr_gamma 1e+308: must be at most"),
         (["--log_every", "-5"], "--log_every -5"),
         (["--prediction_type", "x0"], "--prediction_type x0: choose epsilon or v_prediction"),
         (["--zero_terminal_snr"], "zero_terminal_snr"),
@@ -587,6 +668,16 @@ def test_options_from_preset_file_and_command_line(tmp_path: Path) -> None:
     file.write_text("max_steps: 7\nseed: 5\n")
     options = parse_options(Options, ["--preset", "monsters", "--config", str(file), "--seed", "9"], PRESETS, "pokemon")
     assert (options.preset, options.max_steps, options.seed, options.resolution) == ("monsters", 7, 9, 256)
+    for wrong in (
+        "preview_prompts: [123]",
+        "block_out_channels: [16, x]",
+        "max_steps: many",
+        "resume: 3",
+        "seed: true",
+    ):
+        file.write_text(wrong)
+        with pytest.raises(UserError, match="is not of the kind"):
+            parse_options(Options, ["--config", str(file)], PRESETS, "pokemon")
     file.write_text("max_stepz: 7\n")
     with pytest.raises(UserError, match="max_stepz"):
         parse_options(Options, ["--config", str(file)], PRESETS, "pokemon")

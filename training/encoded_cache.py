@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -267,3 +268,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         content |= {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(content: bytes) -> bytes:
+    """The key of an image file or a caption."""
+    return hashlib.sha256(content).digest()
+
+
+def cache_folder(kind: str) -> Path:
+    """Under the cache of `datasets`, which the environment variable HF_DATASETS_CACHE moves."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "stable_diffusion" / kind

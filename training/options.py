@@ -200,6 +200,10 @@ def _of_kind(cls: type, name: Any, value: Any, source: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    elif wanted == "list" and isinstance(value, list):
+        entries = {"int": int, "float": (int, float), "str": str}[next(k for k in ("int", "float", "str") if k in kind)]
+        if all(isinstance(entry, entries) and not isinstance(entry, bool) for entry in value):
+            return value
     elif type(value).__name__ == wanted:
         return value
     raise UserError(f"{source}: {name}: {value!r} is not of the kind {wanted}.")
@@ -221,9 +225,17 @@ def options_of_run(cls: type, folder: str | Path) -> dict:
     if not file.is_file():
         raise UserError(f"--resume: {folder} holds no run to go on with (no config.json); check --output_dir.")
     try:
-        options = json.loads(file.read_text(encoding="utf-8"))["options"]
-        return {f.name: options[f.name] for f in fields(cls) if f.name in options and f.name != "resume"}
-    except (ValueError, KeyError, TypeError) as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, options = config.get("kind", cls.__name__), config["options"]
+        if not options or not isinstance(options, dict):
+            raise ValueError("it holds no options")
+        if kind != cls.__name__:
+            raise UserError(f"--resume: {folder} holds a run of another script ({kind}); check --output_dir.")
+        known = [f.name for f in fields(cls) if f.name in options and f.name not in ("resume", "overwrite")]
+        return {name: _of_kind(cls, name, options[name], str(file)) for name in known}
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {file} is damaged ({error!r}); restore it, or start a new run.") from error
 
 

@@ -35,7 +35,7 @@ class UNetOptions:
     output_dir: str = option("stable_diffusion_results/pokemon", "the run folder")
     resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
     overwrite: bool = option(False, "delete the run in --output_dir and start again")
-    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0)
+    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0, at_most=2**40)
 
     block_out_channels: list[int] = option([128, 256, 384, 512], "channels, one value per resolution, finest first", fixed=True, at_least=1, group="the U-Net, if it starts from scratch")
     attention_levels: list[int] = option([0, 1, 1, 1], "1 where the level attends to the text", fixed=True, at_least=0, at_most=1)
@@ -45,7 +45,7 @@ class UNetOptions:
 
     prediction_type: str | None = option(None, "epsilon or v_prediction; default: --pretrained's own, else epsilon", fixed=True, choices=PREDICTIONS, group="the objective")
     zero_terminal_snr: bool = option(False, "end the schedule in pure noise (Lin et al. 2024); needs v_prediction", fixed=True)
-    min_snr_gamma: float = option(5.0, "gamma of the min-SNR weighting (Hang et al. 2023); 0 = off", fixed=True, at_least=0)
+    min_snr_gamma: float = option(5.0, "gamma of the min-SNR weighting (Hang et al. 2023); 0 = off", fixed=True, at_least=0, at_most=1e6)
     noise_offset: float = option(0.0, "strength of noise shared by a whole channel, for dark and bright images; 0 = off", fixed=True, at_least=0)
     caption_dropout: float = option(0.1, "share of captions replaced by the empty one, which guidance needs; 0 = off", fixed=True, at_least=0, at_most=1)
 
@@ -67,7 +67,7 @@ class UNetOptions:
     validate_every: int = option(500, "steps between validation losses, and at the end; 0 = off", at_least=0)
     preview_every: int = option(1000, "steps between sheets of samples, and at the end; 0 = off", at_least=0)
     checkpoint_every: int = option(1000, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
-    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best one always is", at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best of those at which it was validated, too", at_least=1)
     preview_prompts: list[str] = option([], "prompts of the previews; default: captions of the data set")
     preview_steps: int = option(25, "sampling steps of the previews", at_least=1, at_most=1000)
     preview_guidance: float = option(3.0, "guidance scale of the previews; 1 = off")
@@ -141,7 +141,7 @@ class VAEOptions:
     output_dir: str = option("stable_diffusion_results/my_vae", "the run folder")
     resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
     overwrite: bool = option(False, "delete the run in --output_dir and start again")
-    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0)
+    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0, at_most=2**40)
     block_out_channels: list[int] = option([32, 64, 128, 128], "channels, one value per resolution, finest first", fixed=True, at_least=1)
     layers_per_block: int = option(2, "residual blocks per level", fixed=True, at_least=1)
     norm_num_groups: int = option(8, "groups of the group norms", fixed=True, at_least=1)
@@ -165,7 +165,7 @@ class VAEOptions:
     log_every: int = option(20, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
     validate_every: int = option(500, "steps between measurements, and at the end; 0 = off", at_least=0)
     checkpoint_every: int = option(1000, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
-    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best one always is", at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best of those at which it was validated, too", at_least=1)
     wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
     # fmt: on
 
@@ -187,7 +187,7 @@ class CLIPOptions:
     output_dir: str = option("stable_diffusion_results/my_clip", "the run folder")
     resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
     overwrite: bool = option(False, "delete the run in --output_dir and start again")
-    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0)
+    seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0, at_most=2**40)
     image_size: int = option(96, "pixels a side, divisible by --patch_size", fixed=True, at_least=8)
     patch_size: int = option(8, "pixels a side of what the vision transformer reads as one token", fixed=True, at_least=1)
     vision_width: int = option(192, "width of the vision transformer", fixed=True, at_least=1)
@@ -211,7 +211,7 @@ class CLIPOptions:
     log_every: int = option(25, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
     validate_every: int = option(250, "steps between measurements, and at the end; 0 = off", at_least=0)
     checkpoint_every: int = option(500, "steps between checkpoints; 0 = off; the end is always saved", at_least=0)
-    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best one always is", at_least=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept; the best of those at which it was validated, too", at_least=1)
     wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
     # fmt: on
 

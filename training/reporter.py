@@ -216,8 +216,9 @@ class Reporter:
 
     def is_best(self, score: float) -> bool:
         """Whether `score` (lower is better) is the best of this run so far, which is remembered."""
-        best, self.best = score < self.best, min(score, self.best)
-        return best
+        is_best = score < self.best
+        self.best = score if is_best else self.best
+        return is_best
 
     def state(self) -> dict:
         """What a checkpoint holds of this: all that makes the next row, and what is left to do at this step.
@@ -227,13 +228,20 @@ class Reporter:
         names, rows = self._gathered()
         return {
             "step": self.step,
-            "undone": sorted(self.undone - {"checkpoint"}),
+            "undone": sorted(self._left_undone()),
             "recent_names": names,
             "recent": torch.tensor(rows),
             "learning_rate": self.rate,
             "best_validation": self.best,
             "wandb_id": self.wandb_id,
         }
+
+    def _left_undone(self) -> set[str]:
+        """What the resumed run has to do at this step; the checkpoint again, if its validation may make it the best."""
+        every = self.duties["checkpoint"]
+        regular = self.step == self.options.max_steps or bool(every and self.step % every == 0)
+        again = {"checkpoint"} if regular and "validation" in self.undone else set()
+        return self.undone - {"checkpoint"} | again
 
     def saved(self) -> None:
         """Called when the checkpoint of this step is on the disk."""

@@ -94,6 +94,12 @@ def join_processes(device: torch.device) -> Processes:
     return Processes(dist.get_rank(), count, device, local_rank, local_count)
 
 
+def job_id() -> str:
+    """What this process's job is called, the same after a restart by `torchrun`; empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"torchrun {os.getppid()}" if name == "none" else name  # "none" is every job's, unless it was given a name
+
+
 def was_restarted(processes: Processes) -> bool:
     """Whether `torchrun --max-restarts` has started this job again after a failure, as at least one process knows."""
     return processes.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
@@ -208,6 +214,14 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Takes up moments and step counts; rates and weight decay stay as the options have them now."""
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, options, strict=True):
+        group.update(values)
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from training.reproducible import Processes
+from training.reproducible import Processes, job_id
 from training.script import UserError
 
 # What a run leaves, which is never overwritten unasked; earlier versions wrote training_state.pt.
-PRODUCTS = ("model", "clip", "vae_model.pth", "training_state.pt")
+PRODUCTS = ("model", "best_model", "clip", "vae_model.pth", "training_state.pt")
+FILES = ("config.json", "metrics.csv", "speed.csv", "scores.json", "loss.png", "psnr.png", "retrieval.png")
 
 
 class DivergedError(UserError, FloatingPointError):
@@ -60,8 +61,8 @@ def atomically(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _flush(path.parent)
         _remove(old)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):  # safetensors'
             raise UserError(
                 f"{path}: the disk is full; what was there before is untouched: make room and go on with --resume."
             ) from error
@@ -104,21 +105,17 @@ class RunFolder:
         path, resume, overwrite = options.output_dir, options.resume, options.overwrite
         self.path = Path(path)
         self._lock: IO | None = None
-        self._is_new = not self.path.exists()
         try:
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         except OSError as error:
             raise UserError(
                 f"--output_dir {path}: cannot be written to ({error.strerror}); choose another folder."
             ) from error
-        for old in self.path.glob(".*.old"):  # a kill between two renames
-            name = self.path / old.name.removeprefix(".").removesuffix(".old")
-            _remove(old) if name.exists() else old.rename(name)
-        for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            _remove(leftover)
+        self._put_back()
         present = [name for name in PRODUCTS if (self.path / name).exists()]
-        present += ["checkpoints"] if checkpoints_in(self.path) else []
+        present += ["checkpoints"] if any((self.path / "checkpoints").glob("*.pt")) else []
         if present and not resume and not overwrite:
             self.close()
             raise UserError(
@@ -126,6 +123,17 @@ class RunFolder:
                 "folder, or --overwrite to lose it."
             )
         self.overwrite = overwrite and not resume
+        for leftover in [self.path / f".{name}.tmp" for name in (*PRODUCTS, *FILES)]:
+            _remove(leftover)
+        for leftover in [*self.path.glob("checkpoints/.*.pt.tmp"), *self.path.glob("samples/.*.tmp")]:
+            _remove(leftover)
+
+    def _put_back(self) -> None:
+        """Undoes what a kill between the two renames of `atomically` left."""
+        for name in PRODUCTS:
+            path, old = self.path / name, self.path / f".{name}.old"
+            if old.exists():
+                _remove(old) if path.exists() else old.rename(path)
 
     def _take_lock(self) -> None:
         try:
@@ -152,6 +160,8 @@ class RunFolder:
                 handle.write(str(os.getpid()))
                 handle.flush()
                 self._lock = handle
+                if hasattr(os, "register_at_fork"):  # a worker that outlives this process must not hold the folder
+                    os.register_at_fork(after_in_child=handle.close)
             else:  # the one before us removed it in between
                 handle.close()
 
@@ -176,7 +186,8 @@ class RunFolder:
         if self.overwrite:
             for name in (*PRODUCTS, "checkpoints", "best_model", "samples", "metrics.csv", "speed.csv"):
                 _remove(self.path / name)
-        self.write_text("config.json", json.dumps({"options": asdict(options), **environment()}, indent=2) + "\n")
+        config = {"kind": type(options).__name__, "job": job_id(), "options": asdict(options), **environment()}
+        self.write_text("config.json", json.dumps(config, indent=2) + "\n")
         self.columns = columns
         self.write_text("metrics.csv", ",".join(columns) + "\n")
 
@@ -193,6 +204,9 @@ class RunFolder:
         }
         config.setdefault("resumed", []).append({"after_step": step, "changed": changed, **environment()})
         config["options"] |= changed
+        config["job"] = job_id()
+        if not (self.path / "metrics.csv").is_file():
+            print(f"{self.path / 'metrics.csv'} is missing: its rows up to step {step} are lost.", file=sys.stderr)
         rows = [row for row in self.metrics() if int(row["step"]) <= step]
         rows = [row for row in rows if int(row["step"]) < step or not any(row[column] for column in undone)]
         lines = [",".join(columns), *(",".join(row[c] for c in columns) for row in rows)]
@@ -238,11 +252,13 @@ class RunFolder:
         text = file.read_text(encoding="utf-8", errors="replace")
         header, *lines = text.splitlines() or [""]
         names = header.split(",")
+        if names[0] != "step":
+            raise UserError(f"{file}: the first line must be {','.join(self.columns)}; mend it, or delete the file.")
         rows = []
         for number, line in enumerate(lines, 2):
             cells = line.split(",")
             is_whole = len(cells) == len(names) and (number <= len(lines) or text.endswith("\n"))
-            if is_whole and cells[0].isascii() and cells[0].isdigit():
+            if is_whole and cells[0].isascii() and cells[0].isdigit() and all(map(_is_number, cells)):
                 rows.append({column: "" for column in self.columns} | dict(zip(names, cells, strict=True)))
             elif number <= len(lines):
                 raise UserError(f"{file}: line {number} is damaged ({line[:60]!r}); delete that line to go on.")
@@ -276,8 +292,9 @@ class RunFolder:
 
         UserError if the disk has no room for it, DivergedError if a tensor is not finite: earlier ones are untouched.
         """
-        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
-        if not all_finite(tensors):
+        tensors = _tensors(state)
+        # What is logged may well not be finite: a step that was skipped is counted there.
+        if not all_finite([t for name, part in state.items() if name != "recent" for t in _tensors(part)]):
             raise DivergedError(
                 f"step {state['step']}: NaN or infinity in the weights, which are not saved: --resume from the last "
                 "checkpoint with a lower --learning_rate, or with --precision float32."
@@ -303,6 +320,8 @@ class RunFolder:
                     os.link(path, temporary)  # a second name: no copy
                 except OSError:
                     shutil.copyfile(path, temporary)
+        for later in [p for p in checkpoints_in(self.path) if p.name > path.name]:
+            later.unlink()  # damaged ones, which were passed over when this run was resumed from an earlier one
         for old in checkpoints_in(self.path)[keep:]:
             old.unlink()
 
@@ -317,7 +336,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict:
 
     For a GPU it stays mapped from the disk, so that resuming takes no more memory than training does.
     """
-    found = checkpoints_in(folder)
+    found = checkpoints_in(folder) + [p for p in [folder / "checkpoints" / "best.pt"] if p.exists()]
     if not found:
         raise UserError(
             f"--resume: {folder} has no checkpoint yet; start it again without --resume"
@@ -337,6 +356,15 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict:
     raise UserError(f"--resume: no checkpoint in {folder / 'checkpoints'} can be read; start again with --overwrite.")
 
 
+def is_own(folder: Path) -> bool:
+    """Whether the run in `folder` was begun by this very job, and has saved something."""
+    try:
+        job = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("job")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return bool(job) and job == job_id() and bool(checkpoints_in(folder))
+
+
 def load_common_checkpoint(folder: Path, processes: Processes) -> dict:
     """The newest checkpoint, on every process; UserError if they do not see the same one."""
     state = load_checkpoint(folder, processes.device)
@@ -347,6 +375,17 @@ def load_common_checkpoint(folder: Path, processes: Processes) -> dict:
             "disk that all machines share."
         )
     return state
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return cell == "" or float(cell) is not None
+    except ValueError:
+        return False
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -50,7 +50,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     _handle(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for users, who need no line of our code
     try:
-        main(sys.argv[1:])
+        main([os.fsencode(argument).decode("utf-8", "replace") for argument in sys.argv[1:]])  # whatever the locale
     except KeyboardInterrupt as stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # no second traceback while the interpreter cleans up
@@ -86,7 +86,19 @@ def _leave_group() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break what the first one ends in order
     raise Terminated
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """As Python does, but for Ctrl-C, such as during the imports, which is one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nStopped.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _show_uncaught
 
 
 def _handle(number: int, handler: Callable) -> Any:
