@@ -1,5 +1,6 @@
 """A run may be killed or stopped at any moment: resumed, it ends with the bytes of one that was not."""
 
+import contextlib
 import os
 import random
 import signal
@@ -152,8 +153,9 @@ def test_a_stop_while_monsters_are_drawn_leaves_no_worker(runs: Runs, tmp_path: 
     child = runs.start(tmp_path / "run", "--dataset", "monsters:3000", "--resolution", "128", cache=tmp_path / "cache")
     time.sleep(1.5)
     for number in signals:
-        os.kill(child.process.pid, number)
-        time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.process.pid, number)
+        time.sleep(0.02)
     code = child.wait(30)
     assert code == (-9 if signals[0] == signal.SIGKILL else 128 + signals[0]) and "Traceback" not in child.output()
     wait_until_nobody_is_left(child)
