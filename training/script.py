@@ -36,7 +36,9 @@ def user_errors(hint: str = "") -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(str(error).removesuffix(".") + hint if hint else str(error)) from error
+        if not hint:
+            raise
+        raise UserError(str(error).removesuffix(".") + hint) from error
     except ValueError as error:
         raise UserError(str(error)) from error
 
