@@ -24,7 +24,7 @@ from PIL import Image
 from tiny import tiny_model
 
 from guidance import Guidance
-from images import format_parameters, image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
+from images import image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
 from published import schedule_dict, unet_dict, vae_dict
 from samplers import SAMPLERS
 from stable_diffusion_model import StableDiffusion, slerp
@@ -498,32 +498,6 @@ def test_what_was_said_is_enough_to_make_it_again(model):
         seeds=int(read["Seed"]), height=height, width=width, progress=False,
     )  # fmt: skip
     assert np.array_equal(array(again), array(made))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "negative"),
-    [("", ""), ("", "no"), ("a\n", "\nb"), ("Steps: 3, Sampler: x", ""), ("a, b: c", 'd "e", f'), (" a ", " b ")],
-)
-def test_awkward_texts_survive(prompt, negative):
-    image = Image.new("RGB", (8, 8))
-    settings = {"Steps": 3, "Model": 'a, "b": c\\d', "Empty": ""}
-    image.info["parameters"] = format_parameters(prompt, negative, **settings)
-    expected = {"prompt": prompt, "negative_prompt": negative} | {name: str(v) for name, v in settings.items()}
-    assert read_parameters(image) == expected
-
-
-def test_what_other_tools_wrote_is_read():
-    image = Image.new("RGB", (8, 8))
-    assert read_parameters(image) == {}
-    image.info["parameters"] = (
-        "masterpiece, (fox:1.2)\nNegative prompt: bad\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, "
-        'Size: 512x512, Model hash: abc, Lora hashes: "a: 1, b: 2", Version: v1.9'
-    )
-    read = read_parameters(image)
-    assert read["prompt"] == "masterpiece, (fox:1.2)"
-    assert (read["Sampler"], read["Lora hashes"], read["Version"]) == ("DPM++ 2M Karras", "a: 1, b: 2", "v1.9")
-    image.info["parameters"] = "only a prompt,\nin two lines"
-    assert read_parameters(image) == {"prompt": "only a prompt,\nin two lines", "negative_prompt": ""}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
