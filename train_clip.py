@@ -62,6 +62,7 @@ from training.reproducible import (
     batch_indices,
     clip_and_step,
     decay_groups,
+    digest_of,
     generator_for,
     learning_rate_at,
     load_optimizer,
@@ -232,6 +233,12 @@ class ImageSets:
                 self.held_out[source] = to_floats(images[order[:n]]), [captions[i] for i in order[:n]]
                 self.training[source] = images[order[n:]], [captions[i] for i in order[n:]]
 
+    def digest(self) -> str:
+        """Of all images and captions; of fresh monsters, of what those held out look like."""
+        images = [images for images, _ in [*self.held_out.values(), *self.training.values()] if images is not None]
+        words = "\n".join(self.captions()).encode()
+        return digest_of([*images, torch.frombuffer(bytearray(words), dtype=torch.uint8)])
+
     def captions(self) -> list[str]:
         return [caption for _, captions in self.training.values() for caption in captions]
 
@@ -262,7 +269,7 @@ class Run:
         self.ema = EMA(self.model, options.ema_decay)
 
         duties = {"validation": options.validate_every, "checkpoint": options.checkpoint_every}
-        self.reporter = Reporter(options, folder, Processes(0, 1, device), duties, state)
+        self.reporter = Reporter(options, folder, Processes(0, 1, device), duties, state, self.sets.digest())
         length = min(POSITIONS, 8 + max(len(ids) for ids in tokenizer(captions).input_ids))  # no step need read all 77
         self.sources = self.build_sources(length, size)
         if state is None:

@@ -259,7 +259,7 @@ class Run:
             "preview": options.preview_every,
             "checkpoint": options.checkpoint_every,
         }
-        self.reporter = Reporter(options, folder, processes, duties, state)
+        self.reporter = Reporter(options, folder, processes, duties, state, self.data.digest)
         if state is not None:
             self.load(state)
         self.wrapped: nn.Module = torch.compile(self.unet) if options.compile else self.unet
@@ -350,7 +350,6 @@ class Run:
     def save(self, is_best: bool) -> None:
         """A checkpoint, and model/ in the standard folder; best_model/ as well if no validation loss was lower."""
         state = self.reporter.state() | {"unet": self.unet.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state["data"] = self.data.digest
         state |= {"ema": self.ema.module.state_dict()} if self.ema else {}
         if self.folder is not None:
             self.folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
@@ -361,9 +360,7 @@ class Run:
         self.reporter.saved()
 
     def load(self, state: dict) -> None:
-        """Takes up weights, average and optimizer; UserError if they are another U-Net's, or of other data."""
-        if state["data"] != self.data.digest:
-            raise UserError(f"--resume: the data set is not what it was ({self.options.dataset}); start a new run.")
+        """Takes up weights, average and optimizer from a checkpoint; UserError if they are another U-Net's."""
         try:
             self.unet.load_state_dict(state["unet"])
             if self.ema:

@@ -36,6 +36,7 @@ from training.reproducible import (
     Processes,
     batch_indices,
     clip_and_step,
+    digest_of,
     generator_for,
     learning_rate_at,
     load_optimizer,
@@ -177,6 +178,7 @@ class ImageSets:
             training.append(images[order[n:]])
             self.rows.append(torch.arange(count, count + len(images) - n, device=device))
             count += len(images) - n
+        self.digest = digest_of([*self.held_out.values(), *training])
         self.images = torch.cat(training).to(device)  # uint8 (N, 3, R, R)
         self.crops = Crops(self.images, options.crop, options.blank_weight)
 
@@ -228,7 +230,7 @@ class Run:
             self.reconstruct = torch.compile(self.reconstruct)
 
         duties = {"validation": options.validate_every, "checkpoint": options.checkpoint_every}
-        self.reporter = Reporter(options, folder, Processes(0, 1, device), duties, state)
+        self.reporter = Reporter(options, folder, Processes(0, 1, device), duties, state, self.sets.digest)
         if state is None:
             folder.start(options, COLUMNS)
         else:

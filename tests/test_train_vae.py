@@ -10,11 +10,13 @@ import datasets
 import pytest
 import torch
 
+import monsters
 import train_vae as script
 from tests.tiny import folder_at, tiny_vae
 from train_vae import Crops, Options, PatchDiscriminator, adaptive_weight, measure_scaling_factor, reconstruction_loss
 from training.reconstruction import measure, to_floats
 from training.reproducible import generator_for
+from training.script import UserError
 from vae_model import VAE
 
 CPU = torch.device("cpu")
@@ -125,6 +127,18 @@ def test_stopped_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pyt
         rows = list(csv.DictReader(file))
     assert any(row["psnr"] for row in rows) and any(row["kl"] for row in rows)
     assert json.loads((tmp_path / "whole" / "scores.json").read_text())["held_out"]["monsters:8"]["psnr"] > 0
+
+
+def test_other_images_are_not_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        monsters.draw(i, 64).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(monsters.caption(i))
+    script.main(arguments(tmp_path / "run", "--dataset", str(folder), "--max_steps", "1", "--validate_every", "0"))
+    monsters.draw(9, 64).save(folder / "3.png")
+    with pytest.raises(UserError, match="the data set is not what it was"):
+        script.main(["--resume", "--output_dir", str(tmp_path / "run"), "--max_steps", "2"])
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:

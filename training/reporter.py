@@ -52,7 +52,15 @@ class Reporter:
         processes: Processes,
         duties: dict[str, int],
         state: dict | None = None,
+        data: str = "",
     ) -> None:
+        """`state`: of the checkpoint that a resumed run goes on from; `data`: a digest of what is trained on.
+
+        UserError if that is not the data that the checkpoint was trained on, or if all steps are taken already.
+        """
+        if state and state.get("data", data) != data:
+            raise UserError(f"--resume: the data set is not what it was ({options.dataset}); start a new run.")
+        self.data = data
         self.options, self.folder, self.processes, self.duties = options, folder, processes, duties
         self.interval = options.log_every or CHECK_EVERY
         state = state or {"step": 0}
@@ -234,6 +242,7 @@ class Reporter:
             "learning_rate": self.rate,
             "best_validation": self.best,
             "wandb_id": self.wandb_id,
+            "data": self.data,
         }
 
     def _left_undone(self) -> set[str]:

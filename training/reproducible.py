@@ -94,6 +94,14 @@ def join_processes(device: torch.device) -> Processes:
     return Processes(dist.get_rank(), count, device, local_rank, local_count)
 
 
+def digest_of(tensors: list[Tensor]) -> str:
+    """A digest of what is in some tensors, such as all images of a data set."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def job_id() -> str:
     """What this process's job is called, the same after a restart by `torchrun`; empty without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
