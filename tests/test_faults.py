@@ -1,7 +1,7 @@
 """Every line of the objective is held by a test: faults are put into a copy of the code, one at a time, and found.
 
 Each fault is one replacement in one file, and the test that must fail because of it. Without a fault all these tests
-pass, which is what the rest of the suite shows. Takes some minutes: python -m pytest tests/test_faults.py -m faults
+pass, which is what the rest of the suite shows. Takes some minutes: python -m pytest tests/test_faults.py -m long
 """
 
 import os
@@ -127,7 +127,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault_is_found(fault: Fault, tmp_path: Path) -> None:
     copy = copy_of_the_code(tmp_path / "copy")

@@ -89,7 +89,10 @@ def test_killed_and_resumed(runs: Runs, reference: Path, tmp_path: Path, place: 
     assert_same_run(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize(("index", "place", "count"), [(i, *place) for i, place in enumerate(PLACES)])
+@pytest.mark.parametrize(
+    ("index", "place", "count"),
+    [pytest.param(i, *place, marks=[pytest.mark.long] * (i % 4 in (1, 2))) for i, place in enumerate(PLACES)],
+)
 def test_stopped_and_resumed(runs: Runs, reference: Path, tmp_path: Path, index: int, place: str, count: int) -> None:
     """One line, no traceback, "saved" only with a checkpoint of that very step; then as if nothing had been."""
     number = (signal.SIGINT, signal.SIGTERM)[index % 2]
@@ -111,7 +114,8 @@ def test_stopped_and_resumed(runs: Runs, reference: Path, tmp_path: Path, index:
     assert_same_run(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_and_stopped_at_random_moments(runs: Runs, reference: Path, tmp_path: Path, seed: int) -> None:
     """Struck again and again, by the clock, until it has got through."""
     chance = random.Random(seed)
@@ -148,7 +152,15 @@ def wait_until_nobody_is_left(child: Child, seconds: float = 20) -> None:
     raise AssertionError("a worker is left")
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGTERM] * 2, [signal.SIGINT], [signal.SIGKILL]])
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGTERM] * 2,
+        pytest.param([signal.SIGTERM], marks=pytest.mark.long),
+        pytest.param([signal.SIGINT], marks=pytest.mark.long),
+        pytest.param([signal.SIGKILL], marks=pytest.mark.long),
+    ],
+)
 def test_a_stop_while_monsters_are_drawn_leaves_no_worker(runs: Runs, tmp_path: Path, signals: list[int]) -> None:
     child = runs.start(tmp_path / "run", "--dataset", "monsters:3000", "--resolution", "128", cache=tmp_path / "cache")
     time.sleep(1.5)

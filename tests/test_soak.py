@@ -27,6 +27,7 @@ def measure_every(steps: int, file: str) -> None:
     Reporter.record = recording
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
     every = STEPS // 12
