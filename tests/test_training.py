@@ -316,7 +316,7 @@ def test_validation_is_spread_over_the_timesteps_and_over_the_images() -> None:
             return torch.zeros_like(x)
 
         first = validation_loss(unet, data, torch.arange(count), model, Processes(0, 1, CPU))
-        assert 0.9 < first < 1.1  # the variance of the noise: every timestep weighs the same
+        assert 0.95 < first < 1.05  # the variance of the noise: every timestep weighs the same
         assert not any(drop.any() for drop in data.drops)
         timesteps = sorted(t for _, t in seen)
         gaps = np.diff([-timesteps[0] - 1, *timesteps, 2000 - timesteps[-1] - 1])
