@@ -69,7 +69,7 @@ def test_two_images_come_back_from_their_own_captions() -> None:
     optimizer = torch.optim.AdamW(model.unet.parameters(), lr=3e-3)
     ema = EMA(model.unet, 0.99)
     model.unet.train()
-    steps = 320
+    steps = 500
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, 3e-3, 20, steps)
         which = torch.arange(8) % 2
