@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.children import start
+from tests.conftest import ROOT
 from tests.tiny import folder_at
 from training import run_folder
 from training.presets import UNetOptions
@@ -294,6 +296,14 @@ def test_a_disk_that_safetensors_finds_full_is_a_sentence(folder: RunFolder) -> 
 def test_no_git_is_no_reason_not_to_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment()["commit"] == "unknown"
+
+
+def test_a_locale_that_cannot_print_a_text_ends_nothing_and_arguments_are_utf8(tmp_path: Path) -> None:
+    code = "from training.script import run; run(lambda argv: print('2 \\u00d7 3', argv[0] == '\\u72d0', flush=True))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, "狐"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.stdout == b"2 \\xd7 3 True\n", done.stderr
 
 
 def test_texts_are_utf8_whatever_the_locale(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     with 130 and SIGTERM with 143. DEBUG=1 in the environment keeps the traceback of all but the signals.
     """
     _handle(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a locale without × must not end a run
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for users, who need no line of our code
     try:
         main([os.fsencode(argument).decode("utf-8", "replace") for argument in sys.argv[1:]])  # whatever the locale
