@@ -6,7 +6,7 @@ arXiv:2012.09841, Equation 7: the adaptive weight), PatchGAN (Isola et al. 2017,
 
     python train_vae.py --dataset monsters:2000 FOLDER --output_dir stable_diffusion_results/my_vae
 
-writes `vae_model.pth` (averaged weights, with the measured scaling factor inside) into the output folder, beside
+writes `vae_model.pth` (averaged weights, latents of mean 0 and variance 1) into the output folder, beside
 metrics.csv, loss.png and sheets of reconstructions. All options are in `training/presets.py`.
 """
 
@@ -17,6 +17,7 @@ if __name__ == "__main__":
     answer_early(Options)  # before the imports below, which take seconds
 
 import contextlib
+import copy
 import json
 import math
 
@@ -149,11 +150,19 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
 
 
 @torch.no_grad()
-def measure_scaling_factor(vae: VAE, images: Tensor, generator: torch.Generator) -> float:
-    """1/std of posterior samples over whole images, so that the U-Net sees unit variance (Rombach 2022, App. G)."""
+def standardised(vae: VAE, images: Tensor, generator: torch.Generator) -> VAE:
+    """A copy whose latents of these whole images, uint8 (N, 3, R, R), have mean 0 in each channel and variance 1.
+
+    The scaling factor stays Stable Diffusion's, which many tools take for granted (Rombach et al. 2022, Appendix G, has
+    the scale; the mean is our addition): `VAE.standardise_latents` changes the weights instead.
+    """
     device = vae.quant_conv.weight.device
-    samples = [vae.encode(to_floats(one.to(device))).sample(generator).flatten() for one in images.split(4)]
-    return 1.0 / torch.cat(samples).float().std().item()
+    samples = [vae.encode(to_floats(one.to(device))).sample(generator) for one in images.split(4)]
+    latents = torch.cat(samples).float().transpose(0, 1).flatten(1)  # (4, N·h·w)
+    mean = latents.mean(dim=1)
+    copied = copy.deepcopy(vae)
+    copied.standardise_latents(mean, (latents - mean[:, None]).std().item())
+    return copied
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,7 +203,7 @@ class ImageSets:
         crops = self.crops(torch.cat(parts), generator_for(self.device, seed, "crops", step))
         return crops.contiguous(memory_format=torch.channels_last)
 
-    def scaling_sample(self) -> Tensor:
+    def standardising_sample(self) -> Tensor:
         """Up to 128 training images of each source, uint8, always the same."""
         chosen = [rows[batch_indices(len(rows), min(128, len(rows)), 0, 0, self.device)] for rows in self.rows]
         return self.images[torch.cat(chosen)]
@@ -311,14 +320,14 @@ class Run:
         return {name: float(np.mean([score[name] for score in scores.values()])) for name in ("psnr", "ssim")}
 
     def save(self, is_best: bool) -> None:
-        """A checkpoint; vae_model.pth with the averaged weights and the measured scaling factor; plots."""
+        """A checkpoint; vae_model.pth with the averaged weights and standardised latents; plots."""
         folder = self.folder
         state = self.reporter.state() | {name: getattr(self, name).state_dict() for name in self.PARTS}
         folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
-        generator = generator_for(self.device, self.options.seed, "scaling")
-        self.ema.config.scaling_factor = measure_scaling_factor(self.ema, self.sets.scaling_sample(), generator)
+        generator = generator_for(self.device, self.options.seed, "standardise")
+        vae = standardised(self.ema, self.sets.standardising_sample(), generator)
         with atomically(folder.path / "vae_model.pth") as temporary:
-            self.ema.save(temporary)
+            vae.save(temporary)
         folder.plot({"psnr": "held-out PSNR (dB)"}, "PSNR (dB)", "psnr.png")
         folder.plot({"loss": "training loss"}, "loss", log_scale=True)
         self.reporter.saved()

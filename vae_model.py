@@ -12,6 +12,7 @@ Spaces: pixels in [-1, 1] → `encode` → raw latents → `scale_latents` → l
 `VAE.load` reads the `vae_model.pth` that `VAE.save` writes; `published.load_vae` reads everybody else's files as well.
 """
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -259,6 +260,23 @@ class VAE(nn.Module):
     def unscale_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `scale_latents`: what `decode` expects."""
         return latents / self.config.scaling_factor
+
+    @torch.no_grad()
+    def standardise_latents(self, mean: Tensor, std: float) -> None:
+        """From now on, latents have mean 0 and variance 1; `mean` by channel (4,) and `std` are of the raw ones before.
+
+        The layers on both sides of the latents are linear, so their weights can do this exactly, and reconstructions
+        stay as they are: with r = 1 / (std · scaling factor), raw latents z become r (z - mean).
+        Why mean 0: where the schedule's last ᾱ is not 0, training sees √ᾱ · mean in x_T and the U-Net learns to read an
+        image's brightness from it, but sampling starts from noise of mean 0 (Lin et al. 2024, Section 3.1).
+        """
+        r, c = 1 / (std * self.config.scaling_factor), self.config.latent_channels
+        before, after = self.quant_conv, self.post_quant_conv
+        before.weight[:c] *= r
+        before.bias[:c] = r * (before.bias[:c] - mean)
+        before.bias[c:] += 2 * math.log(r)
+        after.bias += after.weight[:, :, 0, 0] @ mean
+        after.weight /= r
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (N, 4, h, w) → images (N, 3, 8h, 8w) in about [-1, 1]."""

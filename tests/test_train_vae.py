@@ -1,5 +1,6 @@
 """The VAE's training script: crops, losses, measures, and a run that can be stopped."""
 
+import copy
 import csv
 import json
 import os
@@ -12,8 +13,9 @@ import torch
 
 import monsters
 import train_vae as script
+from pokemon_dataset import load_images
 from tests.tiny import folder_at, tiny_vae
-from train_vae import Crops, Options, PatchDiscriminator, adaptive_weight, measure_scaling_factor, reconstruction_loss
+from train_vae import Crops, Options, PatchDiscriminator, adaptive_weight, reconstruction_loss, standardised
 from training.reconstruction import measure, to_floats
 from training.reproducible import generator_for
 from training.script import UserError
@@ -94,12 +96,25 @@ def test_measures_of_a_perfect_and_a_blind_vae() -> None:
     assert 0.9 < ssim < 1
 
 
-def test_scaling_factor_gives_unit_variance() -> None:
-    vae, images = tiny_vae(), torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
-    factor = measure_scaling_factor(vae, images, generator_for(CPU, 0))
+def test_latents_are_standardised_and_reconstructions_stay() -> None:
+    """Mean 0 in each channel, variance 1 in all, posterior noise in proportion; the VAE in training is not touched."""
+    vae, images = tiny_vae(), torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        latents = vae.encode(to_floats(images)).sample(generator_for(CPU, 1)) * factor
-    assert latents.std().item() == pytest.approx(1.0, abs=0.05)
+        vae.quant_conv.bias[:4] = torch.tensor([3.0, -2.0, 0.5, 0.0])
+        before = copy.deepcopy(vae.state_dict())
+        new = standardised(vae, images, generator_for(CPU, 0))
+        assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
+        assert new.config.scaling_factor == 0.18215
+        old_posterior, posterior = vae.encode(to_floats(images)), new.encode(to_floats(images))
+        latents = new.scale_latents(posterior.sample(generator_for(CPU, 1)))
+        torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=0.06, rtol=0)
+        assert latents.std().item() == pytest.approx(1.0, abs=0.05)
+        ratio = (posterior.logvar - old_posterior.logvar).mul(0.5).exp()
+        scale = posterior.mean.std(dim=(0, 2, 3)) / old_posterior.mean.std(dim=(0, 2, 3))
+        torch.testing.assert_close(ratio, scale[:, None, None].expand_as(ratio), rtol=1e-3, atol=1e-6)
+        noise = torch.randn(posterior.mean.shape)
+        old, made = vae.decode(old_posterior.sample(noise=noise)), new.decode(posterior.sample(noise=noise))
+        torch.testing.assert_close(made, old, rtol=1e-5, atol=1e-5)
 
 
 def test_stopped_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +134,13 @@ def test_stopped_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pyt
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parted" / name).read_bytes()
 
     vae = VAE.load(tmp_path / "whole" / "vae_model.pth")
-    assert vae.config.scaling_factor != 0.18215  # its own, measured
-    for name, tensor in vae.state_dict().items():  # the average is what is saved
-        torch.testing.assert_close(tensor, whole["ema"][name], rtol=1e-3, atol=1e-6)
+    for name, tensor in vae.state_dict().items():  # the average is what is saved, standardised
+        if "quant_conv" not in name:
+            torch.testing.assert_close(tensor, whole["ema"][name], rtol=1e-3, atol=1e-6)
+    pixels = to_floats(load_images("monsters:8", 32)[0])
+    with torch.no_grad():
+        latents = vae.scale_latents(vae.encode(pixels).mode())
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.5
     assert any(not torch.equal(whole["ema"][name], whole["vae"][name]) for name in whole["vae"])
     with open(tmp_path / "whole" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
