@@ -9,6 +9,7 @@ Letters: N images, h = H/8 and w = W/8 the size of their latents, L text positio
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from sampling_request import check_tensor, generators_of, latent_size, one_each,
 from text_encoder import TextEncoder
 from vae_model import VAE
 
-LATENTS_MEAN = "_latents_mean"  # by channel, in scheduler_config.json; diffusers ignores names that start with "_"
+LATENTS_MEAN = "_latents_mean"  # by channel, in the scheduler_config.json of models trained on latents of another mean
 DEFAULT_SCHEDULER_CONFIG = {  # SD 1.x's, and that of models trained here
     "_class_name": "DDIMScheduler",
     "clip_sample": False,
@@ -36,6 +37,12 @@ DEFAULT_SCHEDULER_CONFIG = {  # SD 1.x's, and that of models trained here
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
+
+
+_START_THERE = (
+    "its U-Net was trained on latents whose mean is not 0, and from plain noise it draws dark images; give other tools "
+    "latents=, noise above that mean, or train again: VAEs that are trained here now give latents of mean 0."
+)
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -101,11 +108,23 @@ class StableDiffusion:
         return cls(*load_model(folder_or_hub_id)).to(choose_device(device), dtype or torch.float32)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-        """Writes the standard folder, which `diffusers.StableDiffusionPipeline.from_pretrained` opens as well."""
+        """Writes the standard folder, which `diffusers.StableDiffusionPipeline.from_pretrained` opens as well.
+
+        Of a model whose latents have another mean than 0, a warning says that it does not start there as it does here.
+        """
+        if LATENTS_MEAN in self.scheduler_config:
+            warnings.warn(f"{folder}: diffusers does not read {LATENTS_MEAN}: {_START_THERE}", stacklevel=2)
         save_folder(Path(folder), self.parts, dtype)
 
     def export(self, path: str | os.PathLike) -> None:
-        """Writes one `.safetensors` in the original LDM layout, for the tools that want a single file."""
+        """Writes one `.safetensors` in the original LDM layout, for the tools that want a single file.
+
+        ValueError if such a file would give other images: the noise schedule, or the mean of the latents, is not SD's.
+        """
+        if LATENTS_MEAN in self.scheduler_config:
+            raise ValueError(
+                f"{path}: a single file cannot say {LATENTS_MEAN}, so it would not be the same model: {_START_THERE}"
+            )
         save_single_file(path, self.parts)
 
     @property
@@ -289,11 +308,12 @@ class StableDiffusion:
         return torch.cat([self.encode_images(one, generator) for one, generator in pairs])
 
     def _start(self, grid: TimestepGrid, noise: Tensor) -> Tensor:
-        """The x_T of text-to-image: noise, with the mean of the training latents under it if the model knows that mean.
+        """The x_T of text-to-image: noise, above the mean of the training latents if the model's config has that mean.
 
         Where the schedule's last ᾱ is not 0, training never saw pure noise: x_T kept a little of the image, above all
         its mean brightness, which the U-Net learns to read (Lin et al. 2024, Section 3.1; Everaert et al. 2024,
-        arXiv:2309.15842). Noise of mean 0 would then start images far darker than any of the training set.
+        arXiv:2309.15842). Noise of mean 0 would then start images far darker than any of the training set. This is
+        about the shipped model alone: VAEs trained since then give latents of mean 0 (`VAE.standardise_latents`).
         """
         mean = self.scheduler_config.get(LATENTS_MEAN)
         if mean is None:  # as published models and diffusers do

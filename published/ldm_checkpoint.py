@@ -47,6 +47,7 @@ class LDMCheckpoint:
     text_encoder: dict[str, Tensor] | None = None  # names without the prefix "text_model."
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
+    tokenizer: dict[str, str] | None = None  # file name → content, in files written here whose tokenizer is not CLIP's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ def read_ldm(path: str | Path, prediction_type: str | None = None, ema: bool = F
         raise ValueError(f"{path} is no Stable Diffusion 1.x or 2.x checkpoint ({error}).") from error
     result.prediction_type = prediction_type or metadata.get("prediction_type") or _guess_prediction(tensors, rest)
     result.zero_terminal_snr = bool(metadata.get("zero_terminal_snr")) or "ztsnr" in tensors
+    result.tokenizer = metadata.get("tokenizer")
     return result
 
 
@@ -284,6 +286,8 @@ def write_ldm(path: str | Path, checkpoint: LDMCheckpoint) -> None:
             text["embeddings.position_ids"] = positions  # which readers of that time expect
             file |= {f"{CLIP_TEXT}text_model.{name}": tensor for name, tensor in text.items()}
         metadata["text_encoder"] = {name: checkpoint.text_config[name] for name in TEXT_OPTIONS}
+    if checkpoint.tokenizer is not None:
+        metadata["tokenizer"] = checkpoint.tokenizer
     # Two empty tensors by which other tools, too, recognise these models.
     file |= {"v_pred": torch.tensor([])} if checkpoint.prediction_type == "v_prediction" else {}
     file |= {"ztsnr": torch.tensor([])} if checkpoint.zero_terminal_snr else {}

@@ -1,12 +1,14 @@
 """Whole models, in and out: the standard folder (diffusers' layout), a single file (LDM's layout), a VAE, a CLIP.
 
 A single file holds the networks and nothing else: no tokenizer and no noise schedule. All published ones share theirs,
-CLIP's vocabulary and the default `NoiseSchedule`, so these are taken.
+CLIP's vocabulary and the default `NoiseSchedule`, so these are taken. A file written here for a model with another
+tokenizer has it in its metadata.
 """
 
 import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +38,7 @@ STEM = "diffusion_pytorch_model"  # the base name of weight files in the folders
 TEXT_STEM = "model"  # … and of a text encoder
 NOT_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # the other parts of a whole CLIP
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the hub model whose vocabulary SD 1.x and 2.x read
+CLIP_VOCABULARY = 49_408  # how many tokens it has
 
 
 class ModelParts(NamedTuple):
@@ -118,7 +121,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def load_single_file(path: Path, prediction_type: str | None = None) -> ModelParts:
     """Read a `.safetensors` or `.ckpt` in the LDM layout; `prediction_type`: see `read_ldm`.
 
-    The tokenizer is read from a folder `tokenizer` beside the file if there is one, else from the hub (or its cache).
+    The tokenizer is the file's own if it has one, else that of a folder `tokenizer` beside it, else the hub's.
     """
     file = read_ldm(path, prediction_type)
     for part in ("unet", "vae", "text_encoder"):
@@ -130,9 +133,15 @@ def load_single_file(path: Path, prediction_type: str | None = None) -> ModelPar
     text_model = make_text_model(file.text_config, file.text_encoder, path)
 
     beside = path.parent / "tokenizer"
-    folder = beside if beside.is_dir() else locate(CLIP_TOKENIZER, f"the tokenizer for {path}", weights=False)
-    tokenizer = load_tokenizer(folder)
-    if file.text_config["hidden_act"] == "gelu":  # OpenCLIP pads with token 0, CLIP with the end of the text
+    if file.tokenizer is not None:
+        tokenizer = _tokenizer_of(file.tokenizer, path)
+    elif beside.is_dir():
+        tokenizer = load_tokenizer(beside)
+    else:
+        tokenizer = load_tokenizer(locate(CLIP_TOKENIZER, f"the tokenizer for {path}", weights=False))
+    if (
+        file.text_config["hidden_act"] == "gelu" and file.tokenizer is None
+    ):  # OpenCLIP pads with token 0, CLIP with the end of the text
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     schedule = NoiseSchedule(prediction_type=file.prediction_type, zero_terminal_snr=file.zero_terminal_snr)
     return ModelParts(TextEncoder(tokenizer, text_model), unet.eval(), vae.eval(), schedule, None, path.stem)
@@ -156,8 +165,29 @@ def save_single_file(path: str | os.PathLike, parts: ModelParts) -> None:
         text_encoder=parts.text_encoder.model.state_dict(),
         prediction_type=schedule.prediction_type,
         zero_terminal_snr=schedule.zero_terminal_snr,
+        tokenizer=_tokenizer_files(parts.text_encoder),
     )
     write_ldm(path, checkpoint)
+
+
+def _tokenizer_files(encoder: TextEncoder) -> dict[str, str] | None:
+    """The files of a tokenizer, name → content; None for CLIP's own, which every reader of single files has."""
+    if encoder.model.config.vocab_size == CLIP_VOCABULARY:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.tokenizer.save_pretrained(folder)
+        return {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).iterdir())}
+
+
+def _tokenizer_of(files: dict[str, str], path: Path) -> "PreTrainedTokenizerBase":
+    """The inverse of `_tokenizer_files`; ValueError names the file that it came from."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, content in files.items():
+                Path(folder, Path(name).name).write_text(content, encoding="utf-8")
+            return load_tokenizer(Path(folder))
+        except (AttributeError, TypeError, ValueError, OSError) as error:
+            raise ValueError(f"{path}: the tokenizer in its metadata is damaged; export it again.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

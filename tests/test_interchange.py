@@ -23,11 +23,15 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from published import load_vae
+from published.weight_files import read_json
+from samplers import timestep_grid
 from stable_diffusion_model import StableDiffusion
+from tests.tiny import tiny_model
 
 PROMPT, NEGATIVE = "a small red fox", "blue water"
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++2m": DPMSolverMultistepScheduler}
@@ -300,6 +304,60 @@ def test_one_file_gives_the_same_image_here_and_in_diffusers(request, tmp_path, 
     )
     pipe.scheduler = DDIMScheduler.from_config([SD1_SCHEDULER, SD2_SCHEDULER][version == "sd2"])
     assert_same(ours(again, "ddim"), theirs(pipe, "ddim"))
+
+
+def own_model():
+    """As trained here: a tokenizer of its own, and the default scale."""
+    model = tiny_model()
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+    return model
+
+
+def test_a_model_with_a_tokenizer_of_its_own_is_one_file_and_the_same_in_diffusers(tmp_path):
+    """The file alone is enough here; diffusers takes the tokenizer from the model's folder, and the scale is right."""
+    model = own_model()
+    model.save_pretrained(tmp_path / "model")
+    _, pipe = open_both(tmp_path / "model")
+    wanted = ours(model, "ddim")
+    assert_same(wanted, theirs(pipe, "ddim"))
+    model.export(tmp_path / "alone" / "model.safetensors")
+    again = StableDiffusion.from_pretrained(tmp_path / "alone" / "model.safetensors", device="cpu")
+    assert_equal(weights(model), weights(again))
+    assert again.text_encoder.tokenizer("a red fox").input_ids == model.text_encoder.tokenizer("a red fox").input_ids
+    assert_same(wanted, ours(again, "ddim"))
+    pipe = StableDiffusionPipeline.from_single_file(
+        tmp_path / "alone" / "model.safetensors", config=str(tmp_path / "model"), local_files_only=True,
+        safety_checker=None,
+    )  # fmt: skip
+    pipe.scheduler = DDIMScheduler.from_config(read_json(tmp_path / "model" / "scheduler" / "scheduler_config.json"))
+    assert_same(wanted, theirs(pipe, "ddim"))
+
+
+def test_a_file_with_a_damaged_tokenizer_says_so(tmp_path):
+    own_model().export(tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["ldm_checkpoint"])
+    for damaged in ({"tokenizer.json": "{"}, {}, "text", {"tokenizer.json": None}):
+        text = json.dumps(metadata | {"tokenizer": damaged})
+        save_file(tensors, tmp_path / "damaged.safetensors", {"ldm_checkpoint": text})
+        refused(tmp_path / "damaged.safetensors", "tokenizer", "damaged.safetensors")
+
+
+def test_a_model_on_latents_of_another_mean_starts_above_it_and_says_so(tmp_path):
+    """The model that ships: no single file, which would be another model; a folder with a warning."""
+    folder = Path(__file__).parent.parent / "stable_diffusion_results" / "monsters" / "model"
+    model = StableDiffusion.from_pretrained(folder, device="cpu")
+    refused(tmp_path / "model.safetensors", "_latents_mean", "latents=", load=model.export)
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.warns(UserWarning, match="diffusers does not read _latents_mean"):
+        model.save_pretrained(tmp_path / "model")
+    noise = torch.randn(1, 4, 8, 8)
+    grid = timestep_grid("ddim", model.schedule, 10)
+    a, mean = grid.levels[0], torch.tensor(model.scheduler_config["_latents_mean"])[None, :, None, None]
+    torch.testing.assert_close(model._start(grid, noise), a**0.5 * mean + (1 - a) ** 0.5 * noise)
+    model.scheduler_config.pop("_latents_mean")
+    torch.testing.assert_close(model._start(grid, noise), noise)  # as all others do
 
 
 def test_a_vae_is_taken_from_wherever_there_is_one(sd1, tmp_path):
