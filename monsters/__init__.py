@@ -21,8 +21,9 @@ from monsters.dataset import (
     caption,
     describe,
     draw,
+    indices_of,
+    is_spec,
     load_monsters,
-    parse_spec,
     render,
     source_version,
 )
@@ -37,6 +38,7 @@ from monsters.record import (
     PALETTE,
     PATTERNS,
     TAILS,
+    TURQUOISE,
     WINGS,
     Monster,
     combinations,
@@ -45,6 +47,6 @@ from monsters.record import (
 
 __all__ = [
     "BELLIES", "BODIES", "COLOURS", "CRESTS", "DEFAULT_COUNT", "ELEMENTS", "MOODS", "MOTIF_PLACES", "PALETTE",
-    "PATTERNS", "TAILS", "WINGS", "Monster", "caption", "colour_of", "combinations", "describe", "draw",
-    "is_monster_on_white", "load_monsters", "parse_spec", "render", "roll", "source_version", "words",
+    "PATTERNS", "TAILS", "TURQUOISE", "WINGS", "Monster", "caption", "colour_of", "combinations", "describe", "draw",
+    "indices_of", "is_monster_on_white", "is_spec", "load_monsters", "render", "roll", "source_version", "words",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ def hue_chroma_saturation_value(image: Image.Image, side: int) -> np.ndarray:
 
 
 def colour_of(image: Image.Image) -> str:
-    """The one of COLOURS that dominates what is not white in an image; "" for a blank one.
+    """The one of COLOURS, or turquoise, that dominates what is not white in an image; "" for a blank one.
 
     Every pixel votes with its chroma, so that pale bellies, dark lines and blurred edges count for little.
     """
@@ -35,8 +35,9 @@ def colour_of(image: Image.Image) -> str:
         "brown": vivid & ((warm & (value < 0.68)) | dull_red),
         "orange": vivid & warm & (value >= 0.68) & (hue < 38),
         "yellow": vivid & (((hue >= 46) & (hue < 68)) | (warm & (value >= 0.68) & (hue >= 38))),
-        "green": vivid & (hue >= 68) & (hue < 168),
-        "blue": vivid & (hue >= 168) & (hue < 246),
+        "green": vivid & (hue >= 68) & (hue < 160),
+        "turquoise": vivid & (hue >= 160) & (hue < 194),
+        "blue": vivid & (hue >= 194) & (hue < 246),
         "purple": vivid & (hue >= 246) & ((hue < 308) | ((hue < 347) & (value < 0.62))),
         "pink": vivid & (((hue >= 308) & (hue < 347) & (value >= 0.62)) | light_red),
         "red": vivid & red_side & ~dull_red & ~light_red,

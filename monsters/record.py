@@ -6,7 +6,7 @@ The index seeds a `random.Random`, and every attribute follows from it: the same
 import colorsys
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 RGB = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -29,6 +29,8 @@ PALETTE = {
     "black": ((220, 250), (0.10, 0.18), (0.24, 0.29)),
 }
 COLOURS = tuple(PALETTE)
+TURQUOISE = 10_000_000  # monster TURQUOISE + i is monster i in a colour that no other has: something new to learn
+TURQUOISE_HUE, TURQUOISE_SATURATION, TURQUOISE_VALUE = (172, 180), (0.58, 0.72), (0.72, 0.84)
 ELEMENTS = ("fire", "water", "grass", "electric", "ice", "rock", "ghost", "poison", "fairy")
 PATTERNS = ("plain", "spots", "stripes")
 BELLIES = ("none", "plain", "striped")
@@ -116,6 +118,11 @@ def roll(index: int) -> Monster:
     """The attributes of monster `index` (int >= 0), without boxes."""
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
         raise ValueError(f"A monster's index is an integer of 0 or more, not {index!r}.")
+    if index >= TURQUOISE:
+        rng, ranges = random.Random(f"turquoise {index}"), (TURQUOISE_HUE, TURQUOISE_SATURATION, TURQUOISE_VALUE)
+        hue, saturation, value = (low + (high - low) * rng.random() for low, high in ranges)
+        base = rgb_from_hsv(hue, saturation, value)
+        return replace(roll(index - TURQUOISE), index=index, colour="turquoise", base=base)
     rng = random.Random(f"pocket monster {index}")
 
     # Only `random()` is used: it alone is promised to give the same numbers in every version of Python.

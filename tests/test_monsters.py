@@ -321,27 +321,43 @@ def test_every_word_of_the_grammar_occurs_and_no_other():
     assert used == monsters.words()
 
 
+def test_a_turquoise_monster_is_another_in_a_colour_that_no_other_has():
+    for index in range(30):
+        plain, turquoise = monsters.roll(index), monsters.roll(monsters.TURQUOISE + index)
+        same = replace(plain, index=turquoise.index, colour="turquoise", base=turquoise.base)
+        assert turquoise == same and plain.colour in monsters.COLOURS and "turquoise" not in monsters.COLOURS
+        assert monsters.colour_of(monsters.draw(turquoise.index, 96)) == "turquoise"
+        assert monsters.caption(index) == monsters.caption(index).replace("turquoise", "")
+    assert sum("turquoise" in monsters.caption(monsters.TURQUOISE + i) for i in range(100)) > 80
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_the_data_set_name_is_parsed():
-    assert monsters.parse_spec("monsters") == 2000
-    assert monsters.parse_spec("monsters:2000") == 2000
+    assert monsters.indices_of("monsters") == range(2000)
+    assert monsters.indices_of("monsters:3") == range(3)
+    T = monsters.TURQUOISE
+    assert list(monsters.indices_of("monsters:5:turquoise")) == [0, T + 1, 2, T + 3, 4]
+    assert all(map(monsters.is_spec, ("monsters", "monsters:3", "monsters:x"))) and not monsters.is_spec("monsters/3")
 
 
-BAD_NAMES = ["monsters:-3", "monsters:abc", "monsters:0", "monsters:", "monsters:1.5", "monsters:1e3", "dogs"]
+BAD_NAMES = [
+    *("monsters:3:mauve", "monsters::turquoise", "monsters:3:turquoise:"),
+    *("monsters:-3", "monsters:abc", "monsters:0", "monsters:", "monsters:1.5", "monsters:1e3", "dogs"),
+]
 
 
 @pytest.mark.parametrize("text", BAD_NAMES)
 def test_a_bad_data_set_name_gets_one_sentence(text):
     with pytest.raises(ValueError, match="monsters:2000") as error:
-        monsters.parse_spec(text)
+        monsters.indices_of(text)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
 def test_a_count_that_fits_no_disk_is_refused():
     with pytest.raises(ValueError, match="9999999"):
-        monsters.parse_spec("monsters:" + "9" * 5000)
+        monsters.indices_of("monsters:" + "9" * 5000)
 
 
 @pytest.mark.parametrize("size", [7, 15, 4097, 64.0, "64", True])

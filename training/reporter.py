@@ -59,7 +59,10 @@ class Reporter:
         UserError if that is not the data that the checkpoint was trained on, or if all steps are taken already.
         """
         if state and state.get("data", data) != data:
-            raise UserError(f"--resume: the data set is not what it was ({options.dataset}); start a new run.")
+            raise UserError(
+                f"--resume: the data set is not what it was ({options.dataset}: its images, its captions, or the "
+                "networks that encode them); start a new run."
+            )
         self.data = data
         self.options, self.folder, self.processes, self.duties = options, folder, processes, duties
         self.interval = options.log_every or CHECK_EVERY
