@@ -5,7 +5,8 @@
 samples images (for unseen captions of monsters, or for the data set's own captions), and writes into --output_dir:
 `report.json`, `samples.png` (images with prompts) and `nearest.png` (each sample beside the nearest training image).
 
-- Obedience (monsters only): a prompt names a colour; the pixel check of the monsters' own tests names the one drawn.
+- Obedience: R-precision, how often a CLIP finds an image's own prompt the nearest of all; the same for real images, and
+  for images paired with other prompts. For monsters, whose prompts name a colour, also the colour of the pixels.
 - Memorisation: the distance of each sample to its nearest training image (or that image's mirror), against the same
   distance for images that were drawn afresh. Copies would be much nearer than those.
 - VAE ceiling: PSNR and SSIM of images that only went through the VAE; no sample can be sharper than these.
@@ -19,17 +20,17 @@ if __name__ == "__main__":
 
 import json
 import os
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import monsters
-from images import image_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
+from evaluation.obedience import FIRST_UNSEEN, Judge, measure_monsters, unseen_monsters
+from images import captioned_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
 from stable_diffusion_model import StableDiffusion
@@ -37,27 +38,27 @@ from training.reconstruction import measure, to_bytes
 from training.script import UserError, run, user_errors
 
 THUMBNAIL = 64  # pixels a side at which images are compared
-FIRST_UNSEEN = 900_000  # monsters from here on are kept from training
 
 
 class TrainingImages:
     """What the model was trained on: captions, and images at any size. Monsters are drawn at that size at once."""
 
     def __init__(self, source: str) -> None:
-        self.monsters = monsters.parse_spec(source) if source.split(":")[0] == "monsters" else 0
+        self.monsters = monsters.indices_of(source) if monsters.is_spec(source) else []
         self.found = None if self.monsters else load_captioned_images(source)
 
     def __len__(self) -> int:
-        return self.monsters or len(self.found)
+        return len(self.monsters or self.found)
 
     def captions(self) -> list[str]:
-        return self.found["text"] if self.found else [monsters.caption(i) for i in range(self.monsters)]
+        return self.found["text"] if self.found else [monsters.caption(i) for i in self.monsters]
 
     def pixels(self, indices: list[int], size: int) -> Tensor:
         """(n, 3, size, size) in [-1, 1]."""
         if self.found is None:
             with worker_processes(os.cpu_count() or 1) as pool:
-                drawn = pool.map(monsters.draw, indices, [size] * len(indices), chunksize=64)
+                which = [self.monsters[i] for i in indices]
+                drawn = pool.map(monsters.draw, which, [size] * len(indices), chunksize=64)
                 return torch.stack([image_to_pixels(image) for image in tqdm(drawn, total=len(indices), disable=None)])
         with ThreadPoolExecutor() as pool:
             cells = self.found.select(indices)["image"]
@@ -65,22 +66,6 @@ class TrainingImages:
             return torch.cat(
                 [load_pixels(cells[start : start + 64], size, pool) for start in tqdm(parts, disable=None)]
             )
-
-
-def unseen_prompts(options: Options, training: TrainingImages) -> tuple[list[str], list[str]]:
-    """Prompts and the colours they name: unseen monsters' captions, or the data set's own captions without colours."""
-    if not training.monsters:
-        captions = training.captions()
-        return [captions[i * len(captions) // options.num_samples] for i in range(options.num_samples)], []
-    found: list[tuple[str, str]] = []
-    index = FIRST_UNSEEN
-    while len(found) < options.num_samples:
-        caption, colour = monsters.caption(index), monsters.roll(index).colour
-        if colour in caption.replace("purple wisp", ""):  # the one phrase whose colour is not the monster's
-            found.append((caption, colour))
-        index += 1
-    prompts, colours = zip(*found, strict=True)
-    return list(prompts), list(colours)
 
 
 def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> list[Image.Image]:
@@ -108,15 +93,6 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
     return made
 
 
-def obedience(made: list[Image.Image], colours: list[str]) -> dict:
-    """How many images are a monster on white, and one in the colour asked for."""
-    on_white = [monsters.is_monster_on_white(image) for image in made]
-    drawn = [monsters.colour_of(image) for image in made]
-    right = [a and b == c for a, b, c in zip(on_white, drawn, colours, strict=True)]
-    wrong = [f"{i}: asked {c}, got {b}" for i, (b, c) in enumerate(zip(drawn, colours, strict=True)) if not right[i]]
-    return {"on_white": sum(on_white) / len(made), "on_white_in_the_colour": sum(right) / len(made), "wrong": wrong}
-
-
 def nearest(queries: Tensor, training: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For thumbnails (n, 3, s, s): RMS distance (n,) to the nearest of `training` or mirrors, which, mirrored?"""
     flat, n = queries.flatten(1), len(training)
@@ -130,17 +106,6 @@ def thumbnails(made: list[Image.Image]) -> Tensor:
     return torch.stack([to_pixels(image, THUMBNAIL) for image in made])
 
 
-def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, side: int = 224) -> Image.Image:
-    """Images with their prompts below."""
-    font, cells = ImageFont.load_default(size=12), []
-    for image, caption in zip(made, captions, strict=True):
-        cell = Image.new("RGB", (side, side + 84), "white")
-        cell.paste(image.resize((side, side), Image.Resampling.LANCZOS))
-        ImageDraw.Draw(cell).multiline_text((6, side + 2), textwrap.fill(caption, side // 7), fill="#333", font=font)
-        cells.append(cell)
-    return image_sheet(cells, columns)
-
-
 def main(argv: list[str]) -> None:
     options = parse_options(Options, ["--model", *argv] if argv and not argv[0].startswith("-") else argv)
     folder = Path(options.output_dir)
@@ -150,18 +115,24 @@ def main(argv: list[str]) -> None:
     with user_errors():
         training = TrainingImages(options.dataset)
         model = StableDiffusion.from_pretrained(options.model, device=options.device)
-    prompts, colours = unseen_prompts(options, training)
+        judge = Judge.load(options.clip)
+    asked = unseen_monsters(options.num_samples) if training.monsters else []
+    shown = [i * len(training) // options.num_samples for i in range(options.num_samples)]  # of other data sets
+    prompts = [monster.caption for monster in asked] or [training.captions()[i] for i in shown]
     made = sample_all(model, prompts, options)
     kept = ("model", "steps", "sampler", "guidance_scale", "seed")
     report: dict = {name: getattr(options, name) for name in kept} | {"samples": len(made)}
-    if colours:
-        report["obedience"] = obedience(made, colours)
+    if asked:
+        report["obedience"] = measure_monsters(made, asked, judge)
+    else:
+        real = pixels_to_images(training.pixels(shown, 256) / 2 + 0.5)
+        report["obedience"] = judge.with_controls(made, real, prompts)
 
     # Memorisation, at thumbnail size
     known = training.pixels(list(range(len(training))), THUMBNAIL)
     distance, which, mirrored = nearest(thumbnails(made), known)
     report["nearest_training_image"] = {"mean": distance.mean().item(), "smallest": distance.min().item()}
-    if colours:
+    if asked:
         fresh = torch.stack([image_to_pixels(monsters.draw(FIRST_UNSEEN + i, THUMBNAIL)) for i in range(len(made))])
         baseline, _, _ = nearest(fresh, known)
         means = {"mean": baseline.mean().item(), "smallest": baseline.min().item()}

@@ -6,13 +6,14 @@ Letters: N images, H × W their size, R resolution.
 import json
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -87,6 +88,17 @@ def image_sheet(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Im
 
     tensors = [functional.pil_to_tensor(to_rgb(image)) for image in images]
     return functional.to_pil_image(make_grid(tensors, nrow=columns, padding=gap, pad_value=255))
+
+
+def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, side: int = 224) -> Image.Image:
+    """Images with their prompts below."""
+    font, cells = ImageFont.load_default(size=12), []
+    for image, caption in zip(made, captions, strict=True):
+        cell = Image.new("RGB", (side, side + 84), "white")
+        cell.paste(image.resize((side, side), Image.Resampling.LANCZOS))
+        ImageDraw.Draw(cell).multiline_text((6, side + 2), textwrap.fill(caption, side // 7), fill="#333", font=font)
+        cells.append(cell)
+    return image_sheet(cells, columns)
 
 
 def show_images(

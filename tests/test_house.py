@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 SCRIPTS = {path.stem for path in ROOT.glob("train_*.py")} | {"evaluate_stable_diffusion", "sample_stable_diffusion"}
 NETWORKS = {"vae_model", "noise_schedule", "diffusion_model", "text_encoder", "guidance", "samplers", "images", "lora"}
-PACKAGES = {"monsters", "published", "training", "benchmarks"}
+PACKAGES = {"monsters", "published", "training", "evaluation", "benchmarks"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*ROOT.glob("*.py"), *(p for package in PACKAGES for p in (ROOT / package).glob("*.py"))]
@@ -50,6 +50,7 @@ def test_arrows_point_from_the_story_to_the_rooms() -> None:
     for name, targets in ARROWS.items():
         assert not targets & SCRIPTS or room(name) == "benchmarks", f"{name} imports a script"
         rooms = {room(target) for target in targets}
+        assert "evaluation" not in rooms or name in SCRIPTS or room(name) in ("evaluation", "benchmarks"), name
         if name in NETWORKS:
             assert rooms <= NETWORKS, f"{name} is a network and imports {rooms - NETWORKS}"
         if room(name) == "published":
