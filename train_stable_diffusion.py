@@ -23,28 +23,31 @@ if __name__ == "__main__":
 import contextlib
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import monsters
 from diffusion_model import UNet, UNetConfig
+from evaluation.obedience import judge_monsters
 from images import image_sheet, save_png
 from noise_schedule import NoiseSchedule
 from pokemon_dataset import CaptionedLatents, load_captioned_images, prepare
 from published import load_text_encoder, load_vae
-from stable_diffusion_model import LATENTS_MEAN, StableDiffusion, choose_device
+from stable_diffusion_model import StableDiffusion, choose_device
 from training.memory_forecast import forecast_run
+from training.optimizers import make_optimizer
 from training.reporter import Reporter
 from training.reproducible import (
     EMA,
     Processes,
     batch_indices,
     clip_and_step,
-    decay_groups,
     generator_for,
     join_processes,
     learning_rate_at,
@@ -144,7 +147,7 @@ def draw_batch(
     device, N = chosen.device, options.batch_size
     generator = generator_for(device, options.seed, "step", step)
     indices = chosen[batch_indices(len(chosen), N, step, options.seed, device)]
-    mirrored = torch.rand(N, generator=generator, device=device) < 0.5
+    mirrored = (torch.rand(N, generator=generator, device=device) < 0.5) & options.mirror
     dropped = torch.rand(N, generator=generator, device=device) < options.caption_dropout
     t = torch.randint(model.schedule.num_timesteps, (N,), generator=generator, device=device)
 
@@ -237,12 +240,10 @@ class Run:
         source = (options.dataset, options.split, options.revision, options.caption_column, options.caption)
         images = load_captioned_images(*source, drawn_size=options.resolution)
         self.model = model = build_model(options)
-        self.data = prepare(
-            images, model.vae, model.text_encoder, options.resolution, processes, self.precision, options.on_bad_image
-        )
+        networks = (model.vae, model.text_encoder)
+        how = (self.precision, options.on_bad_image, options.mirror)
+        self.data = prepare(images, *networks, options.resolution, processes, *how)
         self.chosen, self.held_out = split_images(len(self.data), options.validation_share, options.seed, device)
-        if not options.pretrained:  # a pretrained model keeps its own starting mean
-            model.scheduler_config[LATENTS_MEAN] = self.data.mean(model.vae)
         for frozen in (model.vae, model.text_encoder.model):
             frozen.to("cpu")  # idle until the next preview
         model.schedule.to(device)
@@ -251,8 +252,7 @@ class Run:
         self.unet.gradient_checkpointing = options.gradient_checkpointing
         average_on = "cpu" if options.ema_on_cpu else device
         self.ema = EMA(self.unet, options.ema_decay, average_on) if options.ema_decay else None
-        groups = decay_groups(self.unet, options.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+        self.optimizer = make_optimizer(options.optimizer, self.unet, options.learning_rate, options.weight_decay)
         model.unet = self.ema.module if self.ema else self.unet  # what is measured, sampled and saved
         duties = {
             "validation": options.validate_every if len(self.held_out) else 0,
@@ -318,32 +318,32 @@ class Run:
         finally:
             unet.to(home).train(was_training)
 
-    def preview(self) -> None:
-        """A sheet of samples from fixed noise and fixed prompts: samples/step_*.png."""
-        options, model, folder, step = self.options, self.model, self.folder, self.reporter.step
-        captions = self.data.captions[1:] or [""]
-        evenly = [captions[i * len(captions) // 8] for i in range(min(8, len(captions)))]
-        prompts = options.preview_prompts or evenly
+    def sample(self, prompts: list[str], seed: int = 0, callback: Callable | None = None) -> list[Image.Image]:
+        """One image for each prompt, from fixed noise."""
+        options, vae = self.options, self.model.vae
+        how = {"steps": options.preview_steps, "guidance_scale": options.preview_guidance, "seeds": seed}
+        how |= {"height": options.resolution, "width": options.resolution, "progress": False, "callback": callback}
         try:
-            model.vae.to(self.device)
+            vae.to(self.device)
             with self.evaluation_mode():
-                images = model.sample(
-                    prompts,
-                    steps=options.preview_steps,
-                    guidance_scale=options.preview_guidance,
-                    height=options.resolution,
-                    width=options.resolution,
-                    progress=False,
-                    callback=lambda *_: self.reporter.check_stop(),
-                )
+                return self.model.sample(prompts, **how)
+        finally:
+            vae.to("cpu")
+
+    def preview(self) -> None:
+        """A sheet of samples of fixed prompts, samples/step_*.png, and once more as samples/latest.png."""
+        options, folder, step = self.options, self.folder, self.reporter.step
+        captions = self.data.captions[1:] or [""]
+        prompts = options.preview_prompts or captions[:: math.ceil(len(captions) / 8)]
+        try:
+            images = self.sample(prompts, callback=lambda *_: self.reporter.check_stop())
         except (torch.OutOfMemoryError, FloatingPointError) as error:  # a failed preview must not end the run
             self.reporter.say(f"step {step}: no preview ({str(error).splitlines()[0]})")
             return
-        finally:
-            model.vae.to("cpu")
-        file = folder.path / "samples" / f"step_{step:06d}.png"
-        with atomically(file) as temporary:
-            save_png(image_sheet(images, columns=4), temporary)
+        file, sheet = folder.path / "samples" / f"step_{step:06d}.png", image_sheet(images, columns=4)
+        for path in (file, file.with_name("latest.png")):  # the second to keep open while it trains
+            with atomically(path) as temporary:
+                save_png(sheet, temporary)
         folder.write_text("samples/prompts.txt", "\n".join(prompts) + "\n")
         self.reporter.log_image("samples", file)
 
@@ -392,6 +392,8 @@ class Run:
         command = ["python", str(Path(__file__).with_name("sample_stable_diffusion.py")), "PROMPT", "--height", side]
         command += ["--width", side, "--guidance_scale", f"{self.options.preview_guidance:g}"]
         print("Sample from it:", shlex.join([*command, "--model", str(path / "model")]))
+        if self.options.final_samples and monsters.is_spec(self.options.dataset):
+            print(judge_monsters(self.sample, self.options.final_samples, path, ":turquoise" in self.options.dataset))
 
 
 def main(argv: list[str]) -> None:

@@ -39,6 +39,7 @@ FAULTS = [
     # The batch
     Fault("no scaling factor", UNET, "model.vae.scale_latents(posterior.sample(noise=spread))", "posterior.sample(noise=spread)", BATCH),
     Fault("no posterior noise", UNET, "posterior.sample(noise=spread)", "posterior.mode()", BATCH),
+    Fault("mirrors unasked", UNET, " < 0.5) & options.mirror", " < 0.5)", BATCH),
     Fault("mirror ignored", UNET, "mirrored[mine], dropped[mine]", "mirrored[mine] & False, dropped[mine]", BATCH),
     Fault("caption dropout off", UNET, "< options.caption_dropout", "< 0", BATCH),
     Fault("half of the timesteps", UNET, "torch.randint(model.schedule.num_timesteps,", "torch.randint(model.schedule.num_timesteps // 2,", BATCH),
@@ -70,11 +71,11 @@ FAULTS = [
     Fault("EMA never updated", UNET, "self.ema.update(self.unet, step)", "pass", KILLED + "[average-4]"),
     Fault("EMA remembers its start", REPRODUCIBLE, "min(self.decay, (1 + step) / (10 + step))", "self.decay", "test_training.py::test_the_average_moves_by_one_minus_its_decay"),
     Fault("another decay of the average", UNET, "EMA(self.unet, options.ema_decay, average_on)", "EMA(self.unet, 0.99, average_on)", JUDGED),
-    Fault("weight decay not passed on", UNET, "decay_groups(self.unet, options.weight_decay)", "decay_groups(self.unet, 0.01)", JUDGED),
+    Fault("weight decay not passed on", "training/optimizers.py", "decay_groups(network, weight_decay)", "decay_groups(network, 0.01)", JUDGED),
     # What is judged and saved
     Fault("raw weights saved, validated and previewed", UNET, "model.unet = self.ema.module if self.ema else self.unet", "model.unet = self.unet", JUDGED),
     Fault("raw weights validated", UNET, "validation_loss(self.model.unet,", "validation_loss(self.unet,", JUDGED),
-    Fault("raw weights previewed", UNET, "images = model.sample(", "model.unet = self.unet; images = model.sample(", JUDGED),
+    Fault("raw weights previewed", UNET, "return self.model.sample(", "self.model.unet = self.unet; return self.model.sample(", JUDGED),
     Fault("raw weights saved", UNET, "lambda path: self.model.save_pretrained", "lambda path: setattr(self.model, 'unet', self.unet) or self.model.save_pretrained", JUDGED),
     Fault("every checkpoint called the best", REPORTER, "is_best = score < self.best", "is_best = True", "test_training.py::test_the_best_model_is_the_one_with_the_lowest_validation_loss"),
     # Resuming
@@ -106,8 +107,9 @@ FAULTS = [
     Fault("the generator pleases the wrong side", VAE, "fooled = -self.discriminator", "fooled = self.discriminator", "test_train_vae.py::test_the_decoder_learns_to_look_real"),
     Fault("the discriminator never trained", VAE, "clip_and_step(self.critic, options.gradient_clip)", "pass", "test_train_vae.py::test_the_discriminator_joins_in_when_it_is_told_to"),
     Fault("the discriminator learns to please", VAE, "self.critic.zero_grad(set_to_none=True)", "pass", "test_train_vae.py::test_the_discriminator_learns_from_its_own_loss_alone"),
-    Fault("the VAE's raw weights saved", VAE, "self.ema.save(temporary)", "self.vae.save(temporary)", "test_train_vae.py::test_stopped_run_resumes_with_the_same_bits"),
-    Fault("scaling factor not measured", VAE, "self.ema.config.scaling_factor = measure_scaling_factor", "_ = measure_scaling_factor", "test_train_vae.py::test_stopped_run_resumes_with_the_same_bits"),
+    Fault("the VAE's raw weights saved", VAE, "standardised(self.ema,", "standardised(self.vae,", "test_train_vae.py::test_stopped_run_resumes_with_the_same_bits"),
+    Fault("latents not standardised", VAE, "copied.standardise_latents(", "_ = (", "test_train_vae.py::test_stopped_run_resumes_with_the_same_bits"),
+    Fault("the mean left in", "vae_model.py", "after.bias += after.weight", "after.bias += 0 * after.weight", "test_train_vae.py::test_latents_are_standardised_and_reconstructions_stay"),
     Fault("the VAE's learning rate never set", VAE, 'self.optimizer.param_groups[0]["lr"] = rate', "pass", "test_train_vae.py::test_rates_are_set_and_the_best_is_the_one_with_the_highest_psnr"),
     Fault("the worst VAE called the best", VAE, 'score = -scores["psnr"]', 'score = scores["psnr"]', "test_train_vae.py::test_rates_are_set_and_the_best_is_the_one_with_the_highest_psnr"),
     Fault("the VAE's raw weights measured", VAE, "measure(self.ema, images)", "measure(self.vae, images)", "test_train_vae.py::test_rates_are_set_and_the_best_is_the_one_with_the_highest_psnr"),

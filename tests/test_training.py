@@ -16,10 +16,10 @@ import torch
 import monsters
 import train_stable_diffusion as script
 from noise_schedule import NoiseSchedule
-from samplers import timestep_grid
-from stable_diffusion_model import LATENTS_MEAN, StableDiffusion
+from published import save_text_encoder
+from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
-from tests.tiny import tiny_model, tiny_parts, tiny_unet, training_arguments
+from tests.tiny import tiny_model, tiny_parts, tiny_text_encoder, tiny_unet, tiny_vae, training_arguments
 from train_stable_diffusion import Batch, Options, diffusion_loss, split_images, train_step, validation_loss
 from training.options import parse_options
 from training.presets import PRESETS, VAEOptions
@@ -366,6 +366,10 @@ def test_a_batch_has_mirrors_dropped_captions_posterior_noise_scale_and_all_time
     assert batch.t.min() < 10 and batch.t.max() > 989 and abs(batch.t.float().mean() - 499.5) < 20
     again = script.draw_batch(data, torch.arange(4096), model, options, 1, Processes(0, 1, CPU))
     assert not torch.equal(again.noise, batch.noise) and not torch.equal(again.t, batch.t)
+    upright = script.draw_batch(
+        data, torch.arange(4096), model, dataclasses.replace(options, mirror=False), 0, Processes(0, 1, CPU)
+    )
+    assert upright.latents.max() < 25 and torch.equal(upright.t, batch.t) and torch.equal(upright.noise, batch.noise)
     offset = script.draw_batch(
         data, torch.arange(4096), model, dataclasses.replace(options, noise_offset=0.5), 0, Processes(0, 1, CPU)
     )
@@ -544,6 +548,52 @@ def test_a_changed_data_set_is_not_resumed(parts: Path, tmp_path: Path) -> None:
     script.main(["--resume", "--output_dir", str(tmp_path / "run"), "--max_steps", "3"])
 
 
+def test_another_vae_or_text_encoder_is_not_resumed(tmp_path: Path) -> None:
+    """The same path with other weights in it, as after an update of this repository: what was learned would be lost."""
+    parts, run = tiny_parts(tmp_path / "parts"), tmp_path / "run"
+    script.main(arguments(parts, run, "--preview_every", "0", "--validate_every", "0", "--max_steps", "2"))
+    resume = ["--resume", "--output_dir", str(run), "--max_steps", "3"]
+    torch.manual_seed(1)
+    vae, whole = tiny_vae(), (parts / "vae_model.pth").read_bytes()
+    vae.save(parts / "vae_model.pth")
+    with pytest.raises(UserError, match="networks that encode them"):
+        script.main(resume)
+    (parts / "vae_model.pth").write_bytes(whole)
+    save_text_encoder(tiny_text_encoder(), parts / "clip", parts / "clip", torch.float32)
+    with pytest.raises(UserError, match="networks that encode them"):
+        script.main(resume)
+
+
+def test_the_latest_preview_has_one_name_and_the_end_says_what_is_drawn(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    few = ("--preview_every", "2", "--validate_every", "0", "--max_steps", "4", "--final_samples", "2")
+    script.main(arguments(parts, run, *few, "--dataset", "monsters:6:turquoise"))
+    assert (run / "samples" / "latest.png").read_bytes() == (run / "samples" / "step_000004.png").read_bytes()
+    assert (run / "samples" / "step_000002.png").read_bytes() != (run / "samples" / "step_000004.png").read_bytes()
+    report = json.loads((run / "unseen.json").read_text())
+    assert report["r_precision_of_real_images"] == 1.0 and (run / "samples" / "unseen.png").is_file()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "Of 2 monsters that it never saw" in last and "of real drawings: 100%" in last
+    assert last.endswith(f"Of 2 turquoise ones, {report['turquoise']['on_white_in_the_colour']:.0%} are.")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizer_that_is_asked_for_trains(parts: Path, tmp_path: Path, optimizer: str) -> None:
+    """And its moments are in the checkpoint: three steps and three more end with the bits of six."""
+    quiet = ("--preview_every", "0", "--validate_every", "0", "--optimizer", optimizer)
+    script.main(arguments(parts, tmp_path / "whole", *quiet))
+    script.main(arguments(parts, tmp_path / "parted", *quiet))
+    (tmp_path / "parted" / "checkpoints" / "step_00000006.pt").unlink()
+    script.main(["--resume", "--output_dir", str(tmp_path / "parted")])
+    ends = [tmp_path / run / "checkpoints" / "step_00000006.pt" for run in ("whole", "parted")]
+    whole, parted = (torch.load(file, weights_only=True) for file in ends)
+    assert all(torch.equal(whole["unet"][name], parted["unet"][name]) for name in whole["unet"])
+    names = {name for state in whole["optimizer"]["state"].values() for name in state}
+    assert ("momentum" in names) == (optimizer == "muon") and "exp_avg" in names
+
+
 @pytest.mark.parametrize(
     "content", ['{"options": []}', '{"options": {}}', '{"options": {"batch_size": [4]}}', "{", "[]"]
 )
@@ -667,7 +717,7 @@ def test_options_from_preset_file_and_command_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("max_steps: 7\nseed: 5\n")
     options = parse_options(Options, ["--preset", "monsters", "--config", str(file), "--seed", "9"], PRESETS, "pokemon")
-    assert (options.preset, options.max_steps, options.seed, options.resolution) == ("monsters", 7, 9, 256)
+    assert (options.preset, options.max_steps, options.seed, options.resolution) == ("monsters", 7, 9, 128)
     for wrong in (
         "preview_prompts: [123]",
         "block_out_channels: [16, x]",
@@ -694,19 +744,3 @@ def test_an_unreachable_hub_ends_the_script_with_one_line(tmp_path: Path) -> Non
     offline = run("--output_dir", str(tmp_path / "run"), "--wandb", "off", "--device", "cpu")
     assert offline.returncode == 1 and "Traceback" not in offline.stderr
     assert offline.stderr.strip().splitlines()[-1].startswith("error: --dataset")
-
-
-def test_a_model_from_scratch_starts_at_the_brightness_it_learned_from(parts: Path, tmp_path: Path) -> None:
-    """Monsters stand on white, so their latents have a mean; the run's model knows it and sampling starts above it."""
-    quick = ("--max_steps", "1", "--validate_every", "0", "--preview_every", "0")
-    script.main(arguments(parts, tmp_path / "run", *quick))
-    model = StableDiffusion.from_pretrained(tmp_path / "run" / "model", device="cpu")
-    mean = torch.tensor(model.scheduler_config[LATENTS_MEAN])
-    assert mean.shape == (4,) and mean.abs().max() > 0.01
-    noise = torch.randn(1, 4, 8, 8)
-    grid = timestep_grid("ddim", model.schedule, 10)
-    started = model._start(grid, noise)
-    a = grid.levels[0]
-    torch.testing.assert_close(started, a**0.5 * mean[None, :, None, None] + (1 - a) ** 0.5 * noise)
-    model.scheduler_config.pop(LATENTS_MEAN)
-    torch.testing.assert_close(model._start(grid, noise), noise)  # what published models do

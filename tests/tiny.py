@@ -102,6 +102,7 @@ def training_arguments(parts: Path, *more: str) -> list[str]:
         *("--num_attention_heads", "2", "--batch_size", "4", "--max_steps", "6", "--warmup_steps", "2"),
         *("--checkpoint_every", "3", "--validate_every", "3", "--preview_every", "6", "--preview_steps", "2"),
         *("--log_every", "2", "--validation_share", "0.25", "--precision", "float32", "--preview_prompts", "a fox"),
+        *("--optimizer", "adamw", "--mirror", "yes", "--final_samples", "0"),
         *more,
     ]  # fmt: skip
 

@@ -141,8 +141,9 @@ def forecast(
     averaged: bool = False,
     average_on_cpu: bool = False,
     processes: int = 1,
+    muon: bool = False,
 ) -> Forecast:
-    """What training `unet` with AdamW will take on `device`.
+    """What training `unet` with AdamW, or Muon, will take on `device`.
 
     `frozen`: the networks that are not trained, which wait in the CPU's memory; `latents` and `length` of a micro-batch
     as in `rehearse_step`; `resident`: bytes of the cached latents and texts on the device. `averaged`: an EMA is kept,
@@ -158,7 +159,7 @@ def forecast(
     parts = {
         "weights": weights,
         "gradients": weights,
-        "AdamW": 2 * weights,
+        **({"Muon": weights} if muon else {"AdamW": 2 * weights}),
         "EMA": weights if averaged and (on_cpu or not average_on_cpu) else 0,
         "activations": max((step or 0) - weights, 0),  # at the worst moment, when not all gradients may be there yet
         "gradients in transit": weights if processes > 1 else 0,  # DistributedDataParallel's buckets
@@ -195,4 +196,5 @@ def forecast_run(
         averaged=bool(options.ema_decay),
         average_on_cpu=options.ema_on_cpu,
         processes=processes.count,
+        muon=options.optimizer == "muon",
     )

@@ -19,14 +19,15 @@ class UNetOptions:
     """Train the U-Net of a latent diffusion model on captioned images; a preset sets some of the options."""
 
     # fmt: off
-    preset: str = option("pokemon", "monsters, pokemon or finetune", fixed=True, group="what it learns from")
-    dataset: str = option(DEFAULT_DATASET, "hub id, folder of captioned images, monsters or monsters:N", fixed=True)
+    preset: str = option("pokemon", "monsters, turquoise, pokemon or finetune", fixed=True, group="what it learns from")
+    dataset: str = option(DEFAULT_DATASET, "hub id, folder of captioned images, monsters, monsters:N, or monsters:N:turquoise, half of which have a new colour", fixed=True)
     split: str = option("train", "split of the data set", fixed=True)
     revision: str | None = option(None, "revision of a data set on the hub", fixed=True)
     caption_column: str | None = option(None, "column with the captions; default: text, en_text or caption. CLIP reads English", fixed=True)
     caption: str | None = option(None, "one caption for all images of a folder that has none", fixed=True)
     on_bad_image: str = option("error", "error or skip: what to do about files that cannot be read", fixed=True, choices=("error", "skip"))
     resolution: int = option(512, "side of the images in pixels, divisible by 8", fixed=True, at_least=8, at_most=4096)
+    mirror: bool = option(True, "mirror half of the images; not if captions say left", fixed=True)
     validation_share: float = option(0.05, "share of the images held out to measure the validation loss; 0 = none", fixed=True, at_least=0, below=1)
 
     vae: str | None = option(None, "VAE: file, folder or hub id; default: the preset's, or --pretrained's own", fixed=True, group="what it starts from")
@@ -52,6 +53,7 @@ class UNetOptions:
     max_steps: int = option(15_000, "training steps in all", at_least=1, group="optimisation")
     batch_size: int = option(32, "images per step, over all processes and accumulation", fixed=True, at_least=1)
     gradient_accumulation: int = option(1, "micro-batches into which each process splits its share of a batch; more need less memory", at_least=1)
+    optimizer: str = option("adamw", "adamw, or muon: more is learned from each step, and steps take a little longer", fixed=True, choices=("adamw", "muon"))
     learning_rate: float = option(2e-4, "at its peak, after the warm-up; then a cosine down to 0", above=0)
     warmup_steps: int = option(500, "steps of linear warm-up; 0 = off", at_least=0)
     weight_decay: float = option(0.01, "of AdamW, on matrices and filters, not on gains and biases; 0 = off", at_least=0)
@@ -71,31 +73,56 @@ class UNetOptions:
     preview_prompts: list[str] = option([], "prompts of the previews; default: captions of the data set")
     preview_steps: int = option(25, "sampling steps of the previews", at_least=1, at_most=1000)
     preview_guidance: float = option(3.0, "guidance scale of the previews; 1 = off")
+    final_samples: int = option(0, "monsters that it never saw, drawn and judged at the end; 0 = off, as for other data sets", at_least=0)
     save_precision: str = option("float32", "of the weights in OUTPUT_DIR/model: float32, bfloat16 or float16", choices=("float32", "bfloat16", "float16"))
     wandb: str = option("auto", "auto (online if logged in), online, offline or off", choices=("auto", "online", "offline", "off"))
     # fmt: on
 
 
 PRESETS: dict[str, dict] = {
-    # The quickstart: everything is drawn, small and cheap. Two CPU cores, minutes, no download, no account.
+    # The quickstart: everything is drawn, small and cheap. Two CPU cores, minutes, no download, no account. What each
+    # choice is worth is measured by benchmarks/quickstart.py.
     "monsters": {
-        "dataset": "monsters:160",
-        "resolution": 256,
+        "dataset": "monsters:1000",
+        "resolution": 128,
+        "mirror": False,  # they look to either side; a new monster costs little more than a mirror, and teaches more
         "output_dir": "stable_diffusion_results/my_monsters",
-        "block_out_channels": [32, 64, 128, 256],
-        "attention_levels": [0, 1, 1, 1],
+        "block_out_channels": [32, 64, 128],
+        "attention_levels": [0, 1, 1],
         "num_attention_heads": [4],
         "layers_per_block": 1,
-        "max_steps": 500,
-        "batch_size": 8,
-        "learning_rate": 6e-4,
+        "norm_num_groups": 16,
+        "max_steps": 900,
+        "optimizer": "muon",
+        "learning_rate": 2e-3,
         "warmup_steps": 50,
         "ema_decay": 0.99,
-        "validate_every": 100,
-        "preview_every": 250,
-        "checkpoint_every": 250,
+        "validate_every": 300,
+        "preview_every": 100,
+        "checkpoint_every": 300,
         "preview_steps": 15,
         "log_every": 10,
+        "final_samples": 32,
+        "wandb": "off",
+    },
+    # The shipped model learns a colour that none of its training images had.
+    "turquoise": {
+        "pretrained": str(_HERE / "stable_diffusion_results" / "monsters" / "model"),
+        "dataset": "monsters:60:turquoise",
+        "mirror": False,
+        "output_dir": "stable_diffusion_results/turquoise",
+        "max_steps": 60,
+        "batch_size": 4,
+        "learning_rate": 1e-4,
+        "warmup_steps": 5,
+        "ema_decay": 0.9,
+        "validate_every": 0,
+        "preview_every": 20,
+        "checkpoint_every": 30,
+        "preview_steps": 12,
+        "preview_prompts": ["a turquoise pokemon on four legs", "a happy turquoise monster with bat wings"],
+        "log_every": 5,
+        "final_samples": 8,
         "wandb": "off",
     },
     # From scratch on some hundred captioned images, with the published VAE and CLIP.
@@ -117,7 +144,12 @@ PRESETS: dict[str, dict] = {
 }
 _SHIPPED = {"vae": str(_HERE / "vae_model.pth"), "text_encoder": str(_HERE / "stable_diffusion_results" / "clip")}
 _PUBLISHED = {"vae": "stabilityai/sd-vae-ft-mse", "text_encoder": "openai/clip-vit-large-patch14"}
-PARTS = {"monsters": _SHIPPED, "pokemon": _PUBLISHED, "finetune": _PUBLISHED}  # where no --pretrained brings them
+PARTS = {
+    "monsters": _SHIPPED,
+    "turquoise": _SHIPPED,
+    "pokemon": _PUBLISHED,
+    "finetune": _PUBLISHED,
+}  # where no --pretrained brings them
 
 WITHOUT_HUB = (
     f"; or take what ships: --vae {_SHIPPED['vae']} --text_encoder {_SHIPPED['text_encoder']}, or go on from a whole model: "
@@ -223,6 +255,7 @@ class EvaluationOptions:
     # fmt: off
     model: str = option(str(_HERE / "stable_diffusion_results" / "monsters" / "model"), "the model: folder, hub id or single file", group="what is measured")
     dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
+    clip: str = option(str(_HERE / "stable_diffusion_results" / "clip"), "judges whether images show their prompts: folder or hub id of a whole CLIP")
     num_samples: int = option(100, "images to sample", at_least=1)
     seed: int = option(0, "of the first image; the others count on", at_least=0)
 
