@@ -12,10 +12,19 @@ samples images (for unseen captions of monsters, or for the data set's own capti
 - VAE ceiling: PSNR and SSIM of images that only went through the VAE; no sample can be sharper than these.
 """
 
+import sys
+
 from training.options import answer_early, parse_options
 from training.presets import EvaluationOptions as Options
 
+
+def with_model_named(argv: list[str]) -> list[str]:
+    """MODEL may stand first, without --model."""
+    return ["--model", *argv] if argv and not argv[0].startswith("-") else argv
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = with_model_named(sys.argv[1:])
     answer_early(Options)  # before the imports below, which take seconds
 
 import json
@@ -107,7 +116,7 @@ def thumbnails(made: list[Image.Image]) -> Tensor:
 
 
 def main(argv: list[str]) -> None:
-    options = parse_options(Options, ["--model", *argv] if argv and not argv[0].startswith("-") else argv)
+    options = parse_options(Options, with_model_named(argv))
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):

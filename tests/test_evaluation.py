@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 import evaluate_stable_diffusion as script
 import monsters
 from evaluation import obedience
+from tests.conftest import ROOT
 from tests.tiny import tiny_model
 
 
@@ -135,3 +138,9 @@ def test_captions_of_a_folder_are_judged_with_its_own_images(tmp_path: Path) -> 
         *("r_precision", "r_precision_of_real_images", "r_precision_of_shuffled_images")
     }
     assert report["obedience"]["r_precision_of_real_images"] == 1.0
+
+
+def test_the_documented_command_takes_the_model_first(tmp_path: Path) -> None:
+    command = [sys.executable, "evaluate_stable_diffusion.py", str(tmp_path / "nothing"), "--output_dir", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("error: the model")

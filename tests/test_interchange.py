@@ -4,6 +4,7 @@ Every folder here is made by the libraries that publish them, opened by ours, an
 gives for the same prompt, noise and scheduler.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -27,11 +28,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from published import load_vae
+from diffusion_model import UNet
+from noise_schedule import NoiseSchedule
+from published import load_text_encoder, load_vae
 from published.weight_files import read_json
 from samplers import timestep_grid
 from stable_diffusion_model import StableDiffusion
-from tests.tiny import tiny_model
+from tests.tiny import tiny_unet, tiny_vae
 
 PROMPT, NEGATIVE = "a small red fox", "blue water"
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++2m": DPMSolverMultistepScheduler}
@@ -307,10 +310,12 @@ def test_one_file_gives_the_same_image_here_and_in_diffusers(request, tmp_path, 
 
 
 def own_model():
-    """As trained here: a tokenizer of its own, and the default scale."""
-    model = tiny_model()
-    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
-    return model
+    """As trained here: the CLIP that ships, whose tokenizer is its own, and the default scale."""
+    torch.manual_seed(0)
+    text_encoder = load_text_encoder(Path(__file__).parent.parent / "stable_diffusion_results" / "clip")
+    unet = UNet(dataclasses.replace(tiny_unet().config, context_dim=text_encoder.width)).eval()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    return StableDiffusion(text_encoder, unet, tiny_vae(), NoiseSchedule(), name="own")
 
 
 def test_a_model_with_a_tokenizer_of_its_own_is_one_file_and_the_same_in_diffusers(tmp_path):
@@ -378,7 +383,9 @@ def test_a_vae_is_taken_from_wherever_there_is_one(sd1, tmp_path):
 
 
 def test_a_file_without_a_tokenizer_beside_it_says_what_it_misses(sd1, tmp_path):
-    StableDiffusion.from_pretrained(sd1, device="cpu").export(tmp_path / "model.safetensors")
+    model = StableDiffusion.from_pretrained(sd1, device="cpu")
+    model.text_encoder.model.config.vocab_size = 49408  # as if it were CLIP's
+    model.export(tmp_path / "model.safetensors")
     refused(tmp_path / "model.safetensors", "tokenizer", "openai/clip-vit-large-patch14")
 
 
