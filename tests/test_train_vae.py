@@ -141,6 +141,7 @@ def test_stopped_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pyt
     with torch.no_grad():
         latents = vae.scale_latents(vae.encode(pixels).mode())
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.5
+    assert not torch.allclose(vae.post_quant_conv.weight, whole["ema"]["post_quant_conv.weight"], rtol=0.01)
     assert any(not torch.equal(whole["ema"][name], whole["vae"][name]) for name in whole["vae"])
     with open(tmp_path / "whole" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
