@@ -19,7 +19,7 @@ class UNetOptions:
     """Train the U-Net of a latent diffusion model on captioned images; a preset sets some of the options."""
 
     # fmt: off
-    preset: str = option("pokemon", "monsters, turquoise, pokemon or finetune", fixed=True, group="what it learns from")
+    preset: str = option("pokemon", "monsters, pokemon or finetune", fixed=True, group="what it learns from")
     dataset: str = option(DEFAULT_DATASET, "hub id, folder of captioned images, monsters, monsters:N, or monsters:N:turquoise, half of which have a new colour", fixed=True)
     split: str = option("train", "split of the data set", fixed=True)
     revision: str | None = option(None, "revision of a data set on the hub", fixed=True)
@@ -103,26 +103,6 @@ PRESETS: dict[str, dict] = {
         "preview_steps": 15,
         "log_every": 10,
         "final_samples": 32,
-        "wandb": "off",
-    },
-    # The shipped model learns a colour that none of its training images had.
-    "turquoise": {
-        "pretrained": str(_HERE / "stable_diffusion_results" / "monsters" / "model"),
-        "dataset": "monsters:60:turquoise",
-        "mirror": False,
-        "output_dir": "stable_diffusion_results/turquoise",
-        "max_steps": 60,
-        "batch_size": 4,
-        "learning_rate": 1e-4,
-        "warmup_steps": 5,
-        "ema_decay": 0.9,
-        "validate_every": 0,
-        "preview_every": 20,
-        "checkpoint_every": 30,
-        "preview_steps": 12,
-        "preview_prompts": ["a turquoise pokemon on four legs", "a happy turquoise monster with bat wings"],
-        "log_every": 5,
-        "final_samples": 8,
         "wandb": "off",
     },
     # From scratch on some hundred captioned images, with the published VAE and CLIP.
