@@ -125,9 +125,13 @@ def main(argv: list[str]) -> None:
         training = TrainingImages(options.dataset)
         model = StableDiffusion.from_pretrained(options.model, device=options.device)
         judge = Judge.load(options.clip)
-    asked = unseen_monsters(options.num_samples) if training.monsters else []
-    shown = [i * len(training) // options.num_samples for i in range(options.num_samples)]  # of other data sets
-    prompts = [monster.caption for monster in asked] or [training.captions()[i] for i in shown]
+    if training.monsters:
+        asked, shown = unseen_monsters(options.num_samples), []
+        prompts = [monster.caption for monster in asked]
+    else:
+        asked, shown = [], [i * len(training) // options.num_samples for i in range(options.num_samples)]
+        captions = training.captions()
+        prompts = [captions[i] for i in shown]
     made = sample_all(model, prompts, options)
     kept = ("model", "steps", "sampler", "guidance_scale", "seed")
     report: dict = {name: getattr(options, name) for name in kept} | {"samples": len(made)}

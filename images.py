@@ -4,6 +4,7 @@ Letters: N images, H × W their size, R resolution.
 """
 
 import json
+import math
 import os
 import re
 import textwrap
@@ -91,12 +92,15 @@ def image_sheet(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Im
 
 
 def captioned_sheet(made: list[Image.Image], captions: list[str], columns: int, side: int = 224) -> Image.Image:
-    """Images with their prompts below."""
+    """Images with their prompts below, whole, however many lines these take."""
     font, cells = ImageFont.load_default(size=12), []
-    for image, caption in zip(made, captions, strict=True):
-        cell = Image.new("RGB", (side, side + 84), "white")
+    texts = [textwrap.fill(caption, side // 7) for caption in captions]
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    height = max(math.ceil(pen.multiline_textbbox((0, 0), text, font=font)[3]) for text in texts) + 8
+    for image, text in zip(made, texts, strict=True):
+        cell = Image.new("RGB", (side, side + height), "white")
         cell.paste(image.resize((side, side), Image.Resampling.LANCZOS))
-        ImageDraw.Draw(cell).multiline_text((6, side + 2), textwrap.fill(caption, side // 7), fill="#333", font=font)
+        ImageDraw.Draw(cell).multiline_text((6, side + 2), text, fill="#333", font=font)
         cells.append(cell)
     return image_sheet(cells, columns)
 

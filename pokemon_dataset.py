@@ -293,7 +293,7 @@ def prepare(
     caption_rows = Rows(contexts, [sha256(text.encode()) for text in captions], device, budget - image_rows.nbytes)
     row = {caption: i for i, caption in enumerate(captions)}
     caption_of = torch.tensor([row[text] for text in texts], device=device)
-    encoders = made_by["vae"] + fingerprint(text_encoder.model) + tokenizer_fingerprint(text_encoder.tokenizer)
+    encoders = made_by["vae"] + contexts.description
     digest = sha256(b"".join(keys) + "\n".join([encoders, *texts]).encode()).hex()
     return CaptionedLatents(image_rows, caption_rows, caption_of, captions, digest)
 

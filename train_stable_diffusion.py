@@ -393,7 +393,7 @@ class Run:
         command += ["--width", side, "--guidance_scale", f"{self.options.preview_guidance:g}"]
         print("Sample from it:", shlex.join([*command, "--model", str(path / "model")]))
         if self.options.final_samples and monsters.is_spec(self.options.dataset):
-            print(judge_monsters(self.sample, self.options.final_samples, path, ":turquoise" in self.options.dataset))
+            print(judge_monsters(self.sample, self.options.final_samples, path, self.options.dataset))
 
 
 def main(argv: list[str]) -> None:

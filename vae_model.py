@@ -261,22 +261,14 @@ class VAE(nn.Module):
         """The inverse of `scale_latents`: what `decode` expects."""
         return latents / self.config.scaling_factor
 
-    @torch.no_grad()
     def standardise_latents(self, mean: Tensor, std: float) -> None:
         """From now on, latents have mean 0 and variance 1; `mean` by channel (4,) and `std` are of the raw ones before.
 
-        The layers on both sides of the latents are linear, so their weights can do this exactly, and reconstructions
-        stay as they are: with r = 1 / (std · scaling factor), raw latents z become r (z - mean).
-        Why mean 0: where the schedule's last ᾱ is not 0, training sees √ᾱ · mean in x_T and the U-Net learns to read an
-        image's brightness from it, but sampling starts from noise of mean 0 (Lin et al. 2024, Section 3.1).
+        Reconstructions stay as they are, and the scaling factor, too (`rescaled_latents`). Why mean 0: where the
+        schedule's last ᾱ is not 0, training sees √ᾱ · mean in x_T and the U-Net learns to read an image's brightness
+        from it, but sampling starts from noise of mean 0 (Lin et al. 2024, Section 3.1).
         """
-        r, c = 1 / (std * self.config.scaling_factor), self.config.latent_channels
-        before, after = self.quant_conv, self.post_quant_conv
-        before.weight[:c] *= r
-        before.bias[:c] = r * (before.bias[:c] - mean)
-        before.bias[c:] += 2 * math.log(r)
-        after.bias += after.weight[:, :, 0, 0] @ mean
-        after.weight /= r
+        self.load_state_dict(rescaled_latents(self.state_dict(), 1 / (std * self.config.scaling_factor), mean))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (N, 4, h, w) → images (N, 3, 8h, 8w) in about [-1, 1]."""
@@ -326,6 +318,24 @@ class VAE(nn.Module):
                 "other kinds of files."
             ) from error
         return vae.eval()
+
+
+def rescaled_latents(weights: dict[str, Tensor], r: float, mean: Tensor | None = None) -> dict[str, Tensor]:
+    """The weights of a VAE whose raw latents are r (z - mean) where those of `weights` are z; same reconstructions.
+
+    The layers on both sides of the latents are linear, so they can take it up exactly: mean and standard deviation come
+    out r times as large (log-variance + 2 ln r), and the decoder divides by r and adds `mean` (4,), by default 0.
+    """
+    weight, bias = weights["quant_conv.weight"].float(), weights["quant_conv.bias"].float()
+    back, offset = weights["post_quant_conv.weight"].float(), weights["post_quant_conv.bias"]
+    c = len(offset)  # channels of the latents
+    mean = torch.zeros(c, device=bias.device) if mean is None else mean
+    return weights | {
+        "quant_conv.weight": torch.cat([weight[:c] * r, weight[c:]]),
+        "quant_conv.bias": torch.cat([(bias[:c] - mean) * r, bias[c:] + 2 * math.log(r)]),
+        "post_quant_conv.weight": back / r,
+        "post_quant_conv.bias": offset + back[:, :, 0, 0] @ mean,
+    }
 
 
 def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:

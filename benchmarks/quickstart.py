@@ -13,7 +13,6 @@ DPM-Solver++(2M), guidance 3) the R-precision and the share in the colour asked 
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,11 @@ from pathlib import Path
 import torch
 
 import train_stable_diffusion
-from evaluation.obedience import Judge, measure_monsters, unseen_monsters
-from stable_diffusion_model import StableDiffusion
 from train_stable_diffusion import Batch, draw_batch
+from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
 from training.reproducible import generator_for
+from training.run_folder import atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_suffix(".json")
@@ -99,36 +98,30 @@ def command_of(row: str) -> list[str]:
 
 def train(row: str, folder: Path, *options: str) -> None:
     """One training run, in a process of its own."""
-    argv = ["--output_dir", str(folder), "--final_samples", "0", "--preview_every", "0", "--overwrite", *options]
+    argv = ["--output_dir", str(folder), "--preview_every", "0", "--overwrite", *options]
     command = [sys.executable, "-m", "benchmarks.quickstart", "--train", row, "--", *command_of(row), *argv]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def speed_of(row: str, folder: Path) -> float:
     """Images a second in training."""
-    train(row, folder, "--max_steps", str(TIMED_STEPS), "--validate_every", "0", "--log_every", "10")
+    quiet = ("--validate_every", "0", "--final_samples", "0", "--log_every", "10")
+    train(row, folder, "--max_steps", str(TIMED_STEPS), *quiet)
     with open(folder / "speed.csv", encoding="utf-8") as file:
         speeds = [float(line["images_per_second"]) for line in csv.DictReader(file)]
     return sorted(speeds[1:])[len(speeds[1:]) // 2]
 
 
-def option_of(row: str, name: str) -> int:
-    options = command_of(row)
-    return int(options[options.index(f"--{name}") + 1] if f"--{name}" in options else PRESETS["monsters"][name])
+def batch_size_of(row: str) -> int:
+    return parse_options(UNetOptions, command_of(row), PRESETS, "monsters").batch_size
 
 
 def measure(row: str, seed: int, steps: int, folder: Path) -> dict:
-    """Trains for so many steps, then draws and judges the unseen monsters."""
-    train(row, folder, "--max_steps", str(steps), "--seed", str(seed))
+    """Trains for so many steps, which ends with drawing and judging the unseen monsters."""
+    train(row, folder, "--max_steps", str(steps), "--seed", str(seed), "--final_samples", str(UNSEEN))
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         losses = [float(line["validation_loss"]) for line in csv.DictReader(file) if line["validation_loss"]]
-    model, asked = StableDiffusion.from_pretrained(folder / "model", device="cpu"), unseen_monsters(UNSEEN)
-    side, images = option_of(row, "resolution"), []
-    for start in range(0, UNSEEN, 8):
-        captions = [monster.caption for monster in asked[start : start + 8]]
-        sizes = {"height": side, "width": side, "seeds": start, "progress": False}
-        images += model.sample(captions, steps=15, guidance_scale=3.0, **sizes)
-    report = measure_monsters(images, asked, Judge.load())
+    report = json.loads((folder / "unseen.json").read_text(encoding="utf-8"))
     kept = ("r_precision", "on_white_in_the_colour", "r_precision_of_real_images", "r_precision_of_shuffled_images")
     return {"row": row, "seed": seed, "steps": steps, "validation_loss": losses[-1]} | {k: report[k] for k in kept}
 
@@ -171,13 +164,12 @@ def main() -> None:
             if row != "preset":
                 speeds = [(speed_of("preset", folder), speed_of(row, folder)) for _ in range(2)]
                 share = sum(b for _, b in speeds) / sum(a for a, _ in speeds)
-                steps = round(steps * share * option_of("preset", "batch_size") / option_of(row, "batch_size"))
+                steps = round(steps * share * batch_size_of("preset") / batch_size_of(row))
             for seed in options.seeds:
                 results.append(measure(row, seed, steps, folder))
                 print(json.dumps(results[-1]), flush=True)
-                temporary_file = RESULTS.with_suffix(f".{os.getpid()}")
-                temporary_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                temporary_file.replace(RESULTS)
+                with atomically(RESULTS) as file:
+                    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
 
 

@@ -97,13 +97,14 @@ def measure_monsters(images: list[Image.Image], asked: list[Unseen], judge: Judg
 
 
 def judge_monsters(
-    sample: Callable[[list[str], int], list[Image.Image]], count: int, folder: Path, turquoise: bool = False
+    sample: Callable[[list[str], int], list[Image.Image]], count: int, folder: Path, dataset: str = "monsters"
 ) -> str:
     """What `sample` (prompts, first seed) draws of unseen monsters, in words; unseen.json and a sheet go into `folder`.
 
-    `turquoise`: as many turquoise ones as well.
+    If there are turquoise ones in the data set that it learned from, as many of these as well.
     """
     asked = unseen_monsters(count)
+    turquoise = max(monsters.indices_of(dataset)) >= monsters.TURQUOISE
     new = unseen_monsters(count, monsters.TURQUOISE + FIRST_UNSEEN) if turquoise else []
     captions, images = [monster.caption for monster in asked + new], []
     for start in tqdm(range(0, len(captions), 4), desc=f"drawing {len(captions)} unseen captions", disable=None):
@@ -120,13 +121,12 @@ def judge_monsters(
 
 def in_words(report: dict, count: int) -> str:
     """A report of `measure_monsters` on `count` images as one sentence."""
-    return (
+    text = (
         f"Of {count} monsters that it never saw, the shipped CLIP finds the right caption first for "
         f"{report['r_precision']:.0%} of the images (of real drawings: {report['r_precision_of_real_images']:.0%}; of "
         f"images dealt out anew: {report['r_precision_of_shuffled_images']:.0%}), and "
         f"{report['on_white_in_the_colour']:.0%} are a monster on white in the colour asked for."
-    ) + (
-        f" Of {count} turquoise ones, {report['turquoise']['on_white_in_the_colour']:.0%} are."
-        if "turquoise" in report
-        else ""
     )
+    if "turquoise" in report:
+        text += f" Of {count} turquoise ones, {report['turquoise']['on_white_in_the_colour']:.0%} are."
+    return text

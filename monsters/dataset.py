@@ -120,7 +120,7 @@ def load_monsters(
         raise ValueError(f"The first monster's index is an integer of 0 or more, not {start!r}.")
     check_size(size)  # here, not in a worker
     indices = range(start, start + which) if isinstance(which, int) else which
-    count, name = len(indices), hashlib.sha256(str(list(indices)).encode()).hexdigest()[:16]
+    count, name = len(indices), hashlib.sha256(str(indices).encode()).hexdigest()[:16]
     # from_generator's own num_proc is not used: when the main process is killed, its workers go on.
     workers = min(num_proc or os.cpu_count() or 1, math.ceil(count / 16))  # a few monsters are not worth a process
     with worker_processes(workers) if workers > 1 else nullcontext() as pool, _without_bars():

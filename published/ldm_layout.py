@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion_model import UNetConfig
-from vae_model import VAEConfig
+from vae_model import VAEConfig, rescaled_latents
 
 UNET, EMA = "model.diffusion_model.", "model_ema."
 VAE_PREFIX = "first_stage_model."
@@ -174,20 +174,9 @@ def _fuse_in_proj(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_ldm_scale(config: VAEConfig, vae: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same VAE with its raw latents rescaled so that `LDM_SCALING_FACTOR`, too, brings them to unit variance.
-
-    The layers on both sides of the latents are linear, so the ratio r of the factors goes into their weights: mean and
-    standard deviation come out r times as large (log-variance + 2 ln r), and the decoder divides by r.
-    """
+    """The same VAE with its raw latents rescaled so that `LDM_SCALING_FACTOR`, too, brings them to unit variance."""
     r = config.scaling_factor / LDM_SCALING_FACTOR
-    if abs(r - 1) < 1e-6:
-        return vae
-    vae, c = dict(vae), config.latent_channels
-    weight, bias = vae["quant_conv.weight"].float(), vae["quant_conv.bias"].float()
-    vae["quant_conv.weight"] = torch.cat([weight[:c] * r, weight[c:]])
-    vae["quant_conv.bias"] = torch.cat([bias[:c] * r, bias[c:] + 2 * torch.tensor(r).log()])
-    vae["post_quant_conv.weight"] = vae["post_quant_conv.weight"].float() / r
-    return vae
+    return vae if abs(r - 1) < 1e-6 else rescaled_latents(vae, r)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

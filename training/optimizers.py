@@ -9,6 +9,7 @@ and computes in bfloat16, for which many CPUs have no instructions.
 import torch
 from torch import Tensor, nn
 
+from diffusion_model import UNet
 from training.reproducible import decay_groups
 
 MOMENTUM = 0.95  # of Muon
@@ -38,16 +39,14 @@ def orthogonalised(x: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon and a fused AdamW as one optimizer. Like that, it skips a step where `found_inf`, a 0-d tensor, is 1."""
 
-    def __init__(self, network: nn.Module, lr: float, weight_decay: float) -> None:
+    def __init__(self, network: UNet, lr: float, weight_decay: float) -> None:
         """First and last convolution (`conv_in`, `conv_out`) and all one-dimensional parameters are AdamW's."""
-        inner, outer, gains = [], [], []
-        for name, parameter in network.named_parameters():
-            if parameter.requires_grad:
-                ends = name.startswith(("conv_in.", "conv_out."))
-                (gains if parameter.ndim < 2 else outer if ends else inner).append(parameter)
-        rest = [{"params": outer, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(rest, lr=lr, fused=True)
-        super().__init__([{"params": inner, "weight_decay": weight_decay}, *self.adamw.param_groups], {"lr": lr})
+        matrices, gains = decay_groups(network, weight_decay)
+        ends = {id(network.conv_in.weight), id(network.conv_out.weight)}
+        outer = matrices | {"params": [p for p in matrices["params"] if id(p) in ends]}
+        inner = matrices | {"params": [p for p in matrices["params"] if id(p) not in ends]}
+        self.adamw = torch.optim.AdamW([outer, gains], lr=lr, fused=True)
+        super().__init__([inner, *self.adamw.param_groups], {"lr": lr})
         self._share()
 
     def _share(self) -> None:
@@ -84,7 +83,7 @@ class Muon(torch.optim.Optimizer):
         self.adamw.step()
 
 
-def make_optimizer(name: str, network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(name: str, network: UNet, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """`name`: adamw or muon. Gains and biases do not decay in either."""
     if name == "muon":
         return Muon(network, lr, weight_decay)
