@@ -37,9 +37,10 @@ from diffusion_model import UNet, UNetConfig
 from evaluation.obedience import judge_monsters
 from images import image_sheet, save_png
 from noise_schedule import NoiseSchedule
-from pokemon_dataset import CaptionedLatents, load_captioned_images, prepare
+from pokemon_dataset import load_captioned_images
 from published import load_text_encoder, load_vae
 from stable_diffusion_model import StableDiffusion, choose_device
+from training.captioned_latents import CaptionedLatents, prepare
 from training.memory_forecast import forecast_run
 from training.optimizers import make_optimizer
 from training.reporter import Reporter

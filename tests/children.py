@@ -86,7 +86,7 @@ def _run(
     import torch
     from matplotlib.figure import Figure
 
-    from training import memory_forecast
+    from training import captioned_latents, memory_forecast
     from training.script import run
 
     os.chdir(root)
@@ -98,9 +98,7 @@ def _run(
     memory_forecast.rehearse_step = lambda *_: 0
     Figure.savefig = lambda self, file, **_: Path(file).write_bytes(b"a plot")
     sys.argv = [f"{script}.py", *argv]
-    import pokemon_dataset
-
-    pokemon_dataset.PIXELS_AT_ONCE["cpu"] = 1  # image by image: moments enough to be killed in
+    captioned_latents.PIXELS_AT_ONCE["cpu"] = 1  # image by image: moments enough to be killed in
     module = __import__(script)
     if before is not None:
         before(*more)
@@ -116,11 +114,10 @@ def signal_at(place: str, count: int, number: int) -> None:
     """Arranges that this process sends itself signal `number` when it comes to `place` for the `count`-th time."""
     import torch
 
-    import pokemon_dataset
     import stable_diffusion_model
     import train_stable_diffusion as script
     import vae_model
-    from training import run_folder
+    from training import captioned_latents, run_folder
 
     calls = 0
 
@@ -161,8 +158,8 @@ def signal_at(place: str, count: int, number: int) -> None:
         case "encoding":
             before(vae_model.VAE, "encode")
         case "loading":
-            before(pokemon_dataset, "prepare")
-            script.prepare = pokemon_dataset.prepare
+            before(captioned_latents, "prepare")
+            script.prepare = captioned_latents.prepare
         case "step":
             before(script, "train_step")
         case "average":

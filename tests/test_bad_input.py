@@ -22,9 +22,10 @@ import pytest
 import torch
 from PIL import Image
 
-import pokemon_dataset
-from pokemon_dataset import CaptionedLatents, load_captioned_images, prepare
+from pokemon_dataset import load_captioned_images
 from tests.tiny import tiny_text_encoder, tiny_vae
+from training import captioned_latents
+from training.captioned_latents import CaptionedLatents, prepare
 from training.encoded_cache import EncodedCache
 from training.image_files import MOST_PIXELS, content_of, decode, pixels_of
 from training.reproducible import Processes
@@ -177,7 +178,7 @@ def test_a_file_that_vanishes_or_changes_meanwhile(
     Image.new("RGB", (20, 20), RED).save(folder / "good.png")
     read = iter([content_of, content_of])  # for its key, and to see whether it can be decoded
     monkeypatch.setattr("training.image_files.content_of", lambda cell: next(read)(cell))
-    monkeypatch.setattr(pokemon_dataset, "content_of", lambda cell: GOOD_PNG + b" ")  # for good, another time
+    monkeypatch.setattr(captioned_latents, "content_of", lambda cell: GOOD_PNG + b" ")  # for good, another time
     with pytest.raises(UserError, match=r"good\.png changed while images were encoded \(other content\); start again"):
         prepare(found, *models, R, ALONE)
     assert not list((folder.parent / "cache").rglob("images/*/*.rows"))
@@ -680,7 +681,7 @@ def test_bad_cache_files_cost_rows_and_nothing_else(tmp_path: Path, kind: str) -
     cache.close()
     for again in (cache, cache_in(tmp_path)):
         assert not again.missing(KEYS) and not again.damaged
-        rows = pokemon_dataset.Rows(again, KEYS, torch.device("cpu"), 0)
+        rows = captioned_latents.Rows(again, KEYS, torch.device("cpu"), 0)
         assert np.array_equal(rows[torch.arange(6)].numpy(), VALUES)
 
 

@@ -24,12 +24,13 @@ import torch.distributed as dist
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-import pokemon_dataset
 from images import to_pixels
-from pokemon_dataset import CaptionedLatents, Rows, load_captioned_images, open_image, prepare
+from pokemon_dataset import load_captioned_images, open_image
 from tests.tiny import tiny_text_encoder, tiny_vae
 from text_encoder import TextEncoder
+from training import captioned_latents
 from training.background import Progress, in_order
+from training.captioned_latents import CaptionedLatents, Rows, prepare
 from training.encoded_cache import EncodedCache, encode_missing, fingerprint, tokenizer_fingerprint
 from training.image_files import decode
 from training.presets import DEFAULT_DATASET
@@ -46,7 +47,7 @@ CAPTIONS = {"red.png": "a red monster", "blue.png": "a blue monster", "green.png
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setitem(pokemon_dataset.PIXELS_AT_ONCE, "cpu", R**2)  # image by image, where a test does not say more
+    monkeypatch.setitem(captioned_latents.PIXELS_AT_ONCE, "cpu", R**2)  # image by image, where a test does not say more
 
 
 @pytest.fixture
@@ -359,7 +360,7 @@ def test_another_encoder_encodes_again(folder: Path, models: tuple, encode: Call
 
 def test_another_transform_encodes_again(folder: Path, encode: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(folder)
-    monkeypatch.setattr(pokemon_dataset, "TRANSFORM_VERSION", "another")
+    monkeypatch.setattr(captioned_latents, "TRANSFORM_VERSION", "another")
     assert encode(folder) == (3, 0)
 
 
@@ -446,7 +447,7 @@ def test_bits_depend_neither_on_neighbours_nor_on_threads(
     tmp_path: Path, models: tuple, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All together, one by one in another order, with one thread and with three: the same bits."""
-    monkeypatch.setitem(pokemon_dataset.PIXELS_AT_ONCE, "cpu", at_once * R**2)
+    monkeypatch.setitem(captioned_latents.PIXELS_AT_ONCE, "cpu", at_once * R**2)
     folder, encode, inside = many_images(tmp_path / "many", 9), models[0].encode, set()
 
     def watched(pixels: torch.Tensor) -> object:
@@ -473,7 +474,7 @@ def test_every_batch_has_the_same_shape(tmp_path: Path, models: tuple, monkeypat
     counts = Counts(*models, monkeypatch)
     prepare(load_captioned_images(str(many_images(tmp_path / "many", 9))), *models, R, ALONE)
     assert counts.since() == (9, 9) and counts.captions == 16  # nine and the empty one, in batches of eight
-    monkeypatch.setitem(pokemon_dataset.PIXELS_AT_ONCE, "cpu", 5 * R**2 - 1)  # four fit
+    monkeypatch.setitem(captioned_latents.PIXELS_AT_ONCE, "cpu", 5 * R**2 - 1)  # four fit
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
     prepare(load_captioned_images(str(tmp_path / "many")), *models, R, ALONE)
     assert counts.images == 2 * (9 + 12)
@@ -524,8 +525,8 @@ def test_a_cpu_gathers_from_the_files_and_a_device_holds_what_fits(tmp_path: Pat
 def test_the_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 20_000))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert pokemon_dataset.memory_for_data(torch.device("cuda")) == 3000  # of what is free
-    assert pokemon_dataset.memory_for_data(CPU) == 0
+    assert captioned_latents.memory_for_data(torch.device("cuda")) == 3000  # of what is free
+    assert captioned_latents.memory_for_data(CPU) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -534,7 +535,7 @@ def test_on_a_gpu(tmp_path: Path, models: tuple, monkeypatch: pytest.MonkeyPatch
     found = load_captioned_images(str(many_images(tmp_path / "many", 5)))
     resident = prepare(found, *models, R, there)
     assert resident.nbytes == resident.moments.resident.nbytes + resident.contexts.resident.nbytes > 0
-    monkeypatch.setattr(pokemon_dataset, "DEVICE_SHARE", 0.0)
+    monkeypatch.setattr(captioned_latents, "DEVICE_SHARE", 0.0)
     mapped = prepare(found, *models, R, there)
     chosen, no = torch.arange(5, device="cuda"), torch.zeros(5, dtype=torch.bool, device="cuda")
     for a, b in zip(resident.gather(chosen, ~no, no), mapped.gather(chosen, ~no, no), strict=True):
@@ -559,7 +560,7 @@ def prepare_elsewhere(
 ) -> None:
     """What a process does: joins the others, prepares the folder, and puts into `results` what it encoded and has."""
     torch.set_num_threads(1)
-    pokemon_dataset.PIXELS_AT_ONCE["cpu"] = R**2  # image by image
+    captioned_latents.PIXELS_AT_ONCE["cpu"] = R**2  # image by image
     datasets.config.HF_DATASETS_CACHE = cache
     processes = ALONE
     if count > 1:
