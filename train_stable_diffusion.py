@@ -40,7 +40,7 @@ from noise_schedule import NoiseSchedule
 from pokemon_dataset import load_captioned_images
 from published import load_text_encoder, load_vae
 from stable_diffusion_model import StableDiffusion, choose_device
-from training.captioned_latents import CaptionedLatents, prepare
+from training.captioned_latents import CaptionedLatents, prepare, split_images
 from training.memory_forecast import forecast_run
 from training.optimizers import make_optimizer
 from training.reporter import Reporter
@@ -55,6 +55,7 @@ from training.reproducible import (
     load_optimizer,
     resolve_precision,
     was_restarted,
+    without_synchronisation,
 )
 from training.run_folder import RunFolder, atomically, is_own, load_common_checkpoint
 from training.script import UserError, run, user_errors
@@ -110,15 +111,6 @@ def check_objective(options: Options, schedule: NoiseSchedule) -> None:
         )
 
 
-def split_images(count: int, share: float, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of those held out; the same in every run with this seed."""
-    held_out = math.ceil(count * share)
-    if held_out >= count:
-        raise UserError(f"--validation_share {share}: of {count} images, {count - held_out} would be left to train on.")
-    order = torch.randperm(count, generator=generator_for(torch.device("cpu"), seed, "split")).to(device)
-    return order[held_out:], order[:held_out]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The training step
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,11 +150,23 @@ def draw_batch(
     shape = (N, *posterior.mean.shape[1:])
     spread = torch.randn(shape, generator=generator, device=device)[mine]
     noise = torch.randn(shape, generator=generator, device=device)[mine]
+    latents = model.vae.scale_latents(posterior.sample(noise=spread))
+    if options.nearest_noise > 1:
+        candidates = torch.randn((N, options.nearest_noise - 1, *shape[1:]), generator=generator, device=device)[mine]
+        noise = nearest(torch.cat([noise[:, None], candidates], dim=1), latents)
     if options.noise_offset:  # Guttenberg 2023: lets the mean of an image drift
         shift = torch.randn((N, shape[1], 1, 1), generator=generator, device=device)[mine]
         noise = noise + options.noise_offset * shift
-    latents = model.vae.scale_latents(posterior.sample(noise=spread))
     return Batch(latents, noise, t[mine], context)
+
+
+def nearest(candidates: Tensor, latents: Tensor) -> Tensor:
+    """Of noises (n, k, 4, h, w), the one nearest to each image's latents: paths from noise to images cross less often.
+
+    Immiscible Diffusion (Li et al. 2024, arXiv:2406.12303), in its form without an assignment within the batch.
+    """
+    distances = (candidates - latents[:, None]).square().sum(dim=(2, 3, 4))  # (n, k)
+    return candidates[torch.arange(len(candidates)), distances.argmin(dim=1)]
 
 
 def diffusion_loss(unet: nn.Module, schedule: NoiseSchedule, batch: Batch, gamma: float | None) -> Tensor:
@@ -191,11 +195,6 @@ def train_step(
             loss.backward()
         total += loss.detach()
     return total, clip_and_step(optimizer, options.gradient_clip)
-
-
-def without_synchronisation(unet: nn.Module) -> contextlib.AbstractContextManager:
-    """Lets gradients add up on each process: several exchange theirs once a step, with the last part."""
-    return unet.no_sync() if isinstance(unet, DistributedDataParallel) else contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -249,7 +248,8 @@ class Run:
             frozen.to("cpu")  # idle until the next preview
         model.schedule.to(device)
 
-        self.unet = model.unet.to(device, memory_format=torch.channels_last).train()
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # CPUs: 1.0 to 1.3 × as fast
+        self.unet = model.unet.to(device, memory_format=layout).train()
         self.unet.gradient_checkpointing = options.gradient_checkpointing
         average_on = "cpu" if options.ema_on_cpu else device
         self.ema = EMA(self.unet, options.ema_decay, average_on) if options.ema_decay else None

@@ -7,6 +7,7 @@ kept in `training.encoded_cache` under the SHA-256 of their content, so that not
 Letters: N images in the batch, R resolution, h = w = R/8, L text tokens, D width of the text encoding.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ from training.image_files import (
     refuse_or_warn,
     undecodable,
 )
-from training.reproducible import Processes
+from training.reproducible import Processes, generator_for
 from training.script import UserError
 from vae_model import VAE
 
@@ -134,6 +135,15 @@ def memory_for_data(device: torch.device) -> int:
     if device.type == "mps":
         return int(DEVICE_SHARE * (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
     return 0
+
+
+def split_images(count: int, share: float, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of those held out; the same in every run with this seed."""
+    held_out = math.ceil(count * share)
+    if held_out >= count:
+        raise UserError(f"--validation_share {share}: of {count} images, {count - held_out} would be left to train on.")
+    order = torch.randperm(count, generator=generator_for(torch.device("cpu"), seed, "split")).to(device)
+    return order[held_out:], order[:held_out]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

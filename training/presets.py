@@ -48,6 +48,7 @@ class UNetOptions:
     zero_terminal_snr: bool = option(False, "end the schedule in pure noise (Lin et al. 2024); needs v_prediction", fixed=True)
     min_snr_gamma: float = option(5.0, "gamma of the min-SNR weighting (Hang et al. 2023); 0 = off", fixed=True, at_least=0, at_most=1e6)
     noise_offset: float = option(0.0, "strength of noise shared by a whole channel, for dark and bright images; 0 = off", fixed=True, at_least=0)
+    nearest_noise: int = option(1, "noises drawn for each image, of which the nearest to it is taken (Li et al. 2024); 1 = any", fixed=True, at_least=1, at_most=1024)
     caption_dropout: float = option(0.1, "share of captions replaced by the empty one, which guidance needs; 0 = off", fixed=True, at_least=0, at_most=1)
 
     max_steps: int = option(15_000, "training steps in all", at_least=1, group="optimisation")
@@ -126,7 +127,6 @@ _SHIPPED = {"vae": str(_HERE / "vae_model.pth"), "text_encoder": str(_HERE / "st
 _PUBLISHED = {"vae": "stabilityai/sd-vae-ft-mse", "text_encoder": "openai/clip-vit-large-patch14"}
 PARTS = {
     "monsters": _SHIPPED,
-    "turquoise": _SHIPPED,
     "pokemon": _PUBLISHED,
     "finetune": _PUBLISHED,
 }  # where no --pretrained brings them

@@ -4,6 +4,7 @@ Everything random is a function of (seed, step) over the global batch, not of hi
 so a run that was killed and resumed ends with the bits of one that was not, and two processes train what one would.
 """
 
+import contextlib
 import copy
 import datetime
 import hashlib
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from training.script import UserError
 
@@ -111,6 +113,11 @@ def job_id() -> str:
 def was_restarted(processes: Processes) -> bool:
     """Whether `torchrun --max-restarts` has started this job again after a failure, as at least one process knows."""
     return processes.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
+
+
+def without_synchronisation(unet: nn.Module) -> contextlib.AbstractContextManager:
+    """Lets gradients add up on each process: several exchange theirs once a step, with the last part."""
+    return unet.no_sync() if isinstance(unet, DistributedDataParallel) else contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
