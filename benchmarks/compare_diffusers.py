@@ -1,0 +1,371 @@
+"""Are we faster than diffusers? The same weights, inputs, dtype and threads, timed in turn in one process.
+
+    python -m benchmarks.compare_diffusers          # all rows, without SD 1.5: half an hour on two CPU cores
+    python -m benchmarks.compare_diffusers --rows unet vae_decode --models pokemon sd15 --dtypes float32
+    python -m benchmarks.compare_diffusers --table                  # what was measured, as a table
+
+Three take turns: this repository; diffusers as its documentation uses it; and diffusers tuned with what we do (memory
+layout, fused optimizer, `--compile`). A ratio is their time over ours in the same round: above 1, ours is faster. The
+table has the median over the rounds and, in brackets, the smallest and the largest. Memory is the peak of a process of
+its own (CPU), or of what PyTorch allocated (CUDA). Results are added to compare_diffusers.json.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL as TheirVAE
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as TheirUNet
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusion_model import UNet, UNetConfig
+from noise_schedule import NoiseSchedule
+from published import load_text_encoder, unet_dict, vae_dict
+from stable_diffusion_model import StableDiffusion, choose_device
+from text_encoder import TextEncoder
+from train_stable_diffusion import draw_batch, train_step
+from training.captioned_latents import CaptionedLatents
+from training.optimizers import make_optimizer
+from training.presets import PRESETS, UNetOptions
+from training.reproducible import Processes
+from training.run_folder import atomically
+from vae_model import VAE, VAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_suffix(".json")
+SIDES = ("ours", "documented", "tuned")
+ROWS = ("unet", "train", "pictures", "vae_encode", "vae_decode", "sampling")
+STEPS = 20  # of sampling
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """What a model is made of, and at which sizes it is timed."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text: str  # "shipped" or "published": CLIP ViT-L's shape
+    side: int  # of the images, in pixels: sampling, and the VAE
+    train_side: int
+    batch: int
+
+
+def preset_unet(name: str, context_dim: int) -> UNetConfig:
+    options = UNetOptions(**PRESETS[name])
+    heads = options.num_attention_heads
+    return UNetConfig(
+        block_out_channels=tuple(options.block_out_channels),
+        layers_per_block=options.layers_per_block,
+        attention_levels=tuple(options.attention_levels),
+        num_attention_heads=heads[0] if len(heads) == 1 else tuple(heads),
+        context_dim=context_dim,
+        norm_num_groups=options.norm_num_groups,
+    )
+
+
+SMALL_VAE = VAEConfig(block_out_channels=(32, 64, 128, 128), norm_num_groups=8)
+MODELS = {
+    "quickstart": Model(preset_unet("monsters", 192), SMALL_VAE, "shipped", 128, 128, 64),
+    "pokemon": Model(preset_unet("pokemon", 768), SMALL_VAE, "published", 512, 256, 4),
+    "sd15": Model(UNetConfig(), VAEConfig(), "published", 512, 256, 1),
+}
+
+
+@dataclass
+class Side:
+    """The networks of one side, with the same random weights as the others'."""
+
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: TextEncoder
+
+    def to(self, device: str, dtype: torch.dtype) -> "Side":
+        self.unet.to(device, dtype), self.vae.to(device, dtype)
+        return self
+
+
+def build(case: "Case", side: str) -> Side:
+    """Only what this side needs, so that the peak of its memory is its own."""
+    model = MODELS[case.model]
+    torch.manual_seed(0)
+    clip = load_text_encoder(ROOT / "stable_diffusion_results" / "clip")
+    if model.text == "published":  # its shape, with random weights; the tokenizer's words matter to no timing
+        shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        tokens = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        clip = TextEncoder(clip.tokenizer, CLIPTextModel(CLIPTextConfig(**shape, **tokens)))
+    unet, vae = UNet(model.unet).eval(), VAE(model.vae).eval()
+    for parameter in unet.parameters():  # undoes the zeros at the start
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    if side != "ours":
+        unet, vae = as_theirs(TheirUNet, unet_dict(model.unet), unet), as_theirs(TheirVAE, vae_dict(model.vae), vae)
+        layout = torch.channels_last if side == "tuned" else torch.contiguous_format
+        unet.to(memory_format=layout), vae.to(memory_format=layout)
+    return Side(unet, vae, clip)
+
+
+def as_theirs(kind: type, config: dict, ours: nn.Module) -> nn.Module:
+    """diffusers' network of that config, with our network's very tensors."""
+    with torch.device("meta"):
+        theirs = kind(**{name: value for name, value in config.items() if not name.startswith("_")})
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    return theirs.eval().requires_grad_()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows: each gives the work of one side, to be called again and again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    row: str
+    model: str
+    dtype: str
+    device: str = "cpu"
+    compile: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def compiled(network: nn.Module, case: Case, side: str) -> nn.Module:
+    return torch.compile(network) if case.compile and side != "documented" else network
+
+
+def unet(case: Case, side: str) -> Callable[[], object]:
+    """The guidance batch of one image through the U-Net."""
+    model, device, dtype = MODELS[case.model], case.device, case.torch_dtype
+    network = compiled(build(case, side).to(device, dtype).unet, case, side)
+    h = model.side // 8
+    x, t = torch.randn(2, 4, h, h, device=device, dtype=dtype), torch.full((2,), 500, device=device)
+    context = torch.randn(2, 77, model.unet.context_dim, device=device, dtype=dtype)
+    return no_grad(lambda: network(x, t, context))
+
+
+def vae_decode(case: Case, side: str) -> Callable[[], object]:
+    """One image's latents through the decoder."""
+    return vae_half(case, side, lambda vae: vae.decode, (4, MODELS[case.model].side // 8))
+
+
+def vae_encode(case: Case, side: str) -> Callable[[], object]:
+    """One image through the encoder."""
+    return vae_half(case, side, lambda vae: vae.encode, (3, MODELS[case.model].side))
+
+
+def vae_half(case: Case, side: str, half: Callable, shape: tuple[int, int]) -> Callable[[], object]:
+    vae = build(case, side).to(case.device, case.torch_dtype).vae
+    x = torch.randn(1, shape[0], shape[1], shape[1], device=case.device, dtype=case.torch_dtype)
+    if case.compile and side != "documented":
+        vae.encoder, vae.decoder = torch.compile(vae.encoder), torch.compile(vae.decoder)
+    return no_grad(lambda: half(vae)(x))
+
+
+def sampling(case: Case, side: str) -> Callable[[], object]:
+    """A prompt to one image: text encoder, guided steps of DPM-Solver++(2M), VAE, PIL."""
+    parts, prompt, pixels = build(case, side), "a blue water type pokemon, laughing", MODELS[case.model].side
+    how = {"guidance_scale": 7.5, "height": pixels, "width": pixels}
+    if side == "ours":
+        model = StableDiffusion(parts.text_encoder, parts.unet, parts.vae, NoiseSchedule())
+        model.to(case.device, case.torch_dtype).unet = compiled(model.unet, case, side)
+        return lambda: model.sample(prompt, steps=STEPS, sampler="dpm++2m", progress=False, **how)
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        unet=parts.unet,
+        scheduler=DPMSolverMultistepScheduler(**BETAS, steps_offset=1),
+        text_encoder=parts.text_encoder.model,
+        tokenizer=parts.text_encoder.tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(case.device, case.torch_dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet = compiled(pipeline.unet, case, side)
+    return lambda: pipeline(prompt, num_inference_steps=STEPS, **how)
+
+
+def train(case: Case, side: str) -> Callable[[], object]:
+    """One step of the optimizer on latents and text encodings that are at hand."""
+    return training(case, side, cached=True)
+
+
+def pictures(case: Case, side: str) -> Callable[[], object]:
+    """One step from images and captions: ours gathers cached latents, theirs encodes, as `train_text_to_image` does."""
+    return training(case, side, cached=False)
+
+
+def training(case: Case, side: str, cached: bool) -> Callable[[], object]:
+    model, parts, device = MODELS[case.model], build(case, side), torch.device(case.device)
+    N, h, width = model.batch, model.train_side // 8, model.unet.context_dim
+    ids = torch.randint(2, 100, (N, 77), device=device)
+    if side == "ours":
+        options = UNetOptions(batch_size=N, min_snr_gamma=0.0, mirror=False)
+        ours = StableDiffusion(parts.text_encoder, parts.unet.laid_out(device).train(), parts.vae, NoiseSchedule())
+        ours.schedule.to(device)
+        network, optimizer = compiled(ours.unet, case, side), make_optimizer("adamw", ours.unet, 1e-4, 1e-2)
+        moments = torch.randn(8 * N, 1, 8, h, h, device=device, dtype=torch.float16)
+        contexts = torch.randn(8 * N + 1, 77, width, device=device, dtype=torch.float16)
+        data = CaptionedLatents(moments, contexts, torch.arange(1, 8 * N + 1, device=device), [])
+        indices, steps = torch.arange(8 * N, device=device), iter(range(10**9))
+
+        def step() -> None:
+            batch = draw_batch(data, indices, ours, options, next(steps), Processes(0, 1, device))
+            train_step(network, ours.schedule, batch, optimizer, options, case.torch_dtype)
+
+        return step
+
+    parameters = list(parts.unet.to(device).train().parameters())
+    network = compiled(parts.unet, case, side)
+    fused = {"fused": True} if side == "tuned" else {}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2, **fused)
+    scheduler = DDPMScheduler(**BETAS)
+    if not cached:  # accelerate's mixed precision: the frozen networks in the low one, the U-Net under autocast
+        vae, text = parts.vae.to(device, case.torch_dtype), parts.text_encoder.model.to(device, case.torch_dtype)
+        pixels = torch.randn(N, 3, model.train_side, model.train_side, device=device, dtype=case.torch_dtype)
+    latents, context = torch.randn(N, 4, h, h, device=device), torch.randn(N, 77, width, device=device)
+
+    def their_step() -> None:
+        x, c = latents, context
+        if not cached:
+            with torch.no_grad():
+                x, c = vae.encode(pixels).latent_dist.sample().float() * 0.18215, text(ids)[0]
+        noise, t = torch.randn_like(x), torch.randint(0, 1000, (N,), device=device)
+        with torch.autocast(device.type, case.torch_dtype, enabled=case.dtype != "float32"):
+            prediction = network(scheduler.add_noise(x, noise, t), t, c, return_dict=False)[0]
+        F.mse_loss(prediction.float(), noise).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return their_step
+
+
+def no_grad(work: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return work()
+
+    return run
+
+
+WORK = {"unet": unet, "train": train, "pictures": pictures, "vae_encode": vae_encode, "vae_decode": vae_decode}
+WORK |= {"sampling": sampling}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, rounds: int) -> dict:
+    """Seconds of each side in each round, their ratios, and the peak memory of each side."""
+    works = {side: WORK[case.row](case, side) for side in SIDES}
+    for work in works.values():
+        work(), work()  # warms up; with --compile, compiles
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    for k in range(rounds):
+        for side in SIDES[k % 3 :] + SIDES[: k % 3]:  # each goes first as often as the others
+            times[side].append(seconds(works[side], case.device))
+    del works
+    gc.collect()
+    result = asdict(case) | {"seconds": times, "memory_mb": {side: peak_memory(case, side) for side in SIDES}}
+    for side in SIDES[1:]:
+        ratios = [theirs / ours for theirs, ours in zip(times[side], times["ours"], strict=True)]
+        result[side] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return result
+
+
+def peak_memory(case: Case, side: str) -> float:
+    """Peak of a process that does this side's work three times, in MB."""
+    command = [sys.executable, "-m", "benchmarks.compare_diffusers", "--alone", side, json.dumps(asdict(case))]
+    return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def alone(side: str, case: Case) -> float:
+    work = WORK[case.row](case, side)
+    for _ in range(3):
+        work()
+    if case.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # in bytes there, in KB elsewhere
+
+
+def machine(device: str) -> dict:
+    """What the figures were measured on."""
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
+    return {"device_name": name, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, a row for each case."""
+    head = "| row | model | dtype | against diffusers | against diffusers, tuned | memory: ours, theirs, tuned (MB) |"
+    lines = [head, "| --- " * 6 + "|"]
+    for result in results:
+        cells = [f"{r['median']:.2f}× ({r['least']:.2f}…{r['most']:.2f})" for r in (result[side] for side in SIDES[1:])]
+        memory = ", ".join(f"{result['memory_mb'][side]:.0f}" for side in SIDES)
+        how = result["dtype"] + ", compiled" * result["compile"]
+        lines.append(f"| {' | '.join([result['row'], result['model'], how, *cells, memory])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--alone"]:
+        print(alone(sys.argv[2], Case(**json.loads(sys.argv[3]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
+    parser.add_argument("--models", nargs="+", default=["quickstart", "pokemon"], choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="torch.compile ours and the tuned")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--table", action="store_true", help="only print what was measured")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    device = choose_device(options.device).type
+    choices = itertools.product(options.models, options.rows, options.dtypes)
+    cases = [Case(row, model, dtype, device, options.compile) for model, row, dtype in choices]
+    for case in [] if options.table else cases:
+        result = measure(case, options.rounds) | machine(device)
+        same = ("row", "model", "dtype", "device", "compile")
+        results = [old for old in results if any(old[name] != result[name] for name in same)] + [result]
+        print(table([result]).splitlines()[-1], flush=True)
+        with atomically(RESULTS) as file:
+            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
