@@ -7,6 +7,8 @@ Parameter names and layouts are those of diffusers' `AutoencoderKL`, so weights 
 Letters in the shape comments:
     N  images in the batch    C  channels    H, W  size of the image    h, w  size of a feature map (latents: 1/8)
 
+Inside, feature maps are channels-last: on two cores 1.1 to 1.4 times as fast as contiguous, in float32 and bfloat16.
+
 Spaces: pixels in [-1, 1] → `encode` → raw latents → `scale_latents` → latents of unit variance, which the U-Net sees.
 
 `VAE.load` reads the `vae_model.pth` that `VAE.save` writes; `published.load_vae` reads everybody else's files as well.
@@ -243,7 +245,6 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-        self.to(memory_format=torch.channels_last)  # on two cores 1.1 to 1.4 times as fast as contiguous
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """(N, 3, H, W) in [-1, 1], H and W divisible by 8 → the posterior over latents (N, 4, H/8, W/8)."""
@@ -252,7 +253,8 @@ class VAE(nn.Module):
             raise ValueError(
                 f"images of {images.shape[-1]}×{images.shape[-2]}: width and height must be divisible by {f}."
             )
-        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
+        moments = self.quant_conv(self.encoder(images.contiguous(memory_format=torch.channels_last)))
+        return DiagonalGaussian.from_moments(moments.contiguous())
 
     def scale_latents(self, raw_latents: Tensor) -> Tensor:
         """Raw latents, or their means → unit variance, as the U-Net sees them (Rombach et al. 2022, Appendix G)."""
@@ -273,7 +275,8 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (N, 4, h, w) → images (N, 3, 8h, 8w) in about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents))
+        latents = self.post_quant_conv(latents).contiguous(memory_format=torch.channels_last)
+        return self.decoder(latents).contiguous()
 
     def decode_tiled(self, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
         """`decode` for large images, tile by tile, so that memory does not grow with the image.
