@@ -44,15 +44,6 @@ def middle_timesteps(batch: Batch, options: UNetOptions, step: int) -> None:
     batch.t = (torch.sigmoid(normal) * 1000).long()
 
 
-def nearest_noise(batch: Batch, options: UNetOptions, step: int) -> None:
-    """For each image the nearest of eight noises to its latents (Immiscible Diffusion, Li et al. 2024)."""
-    generator = generator_for(batch.t.device, options.seed, "nearest", step)
-    shape = (len(batch.noise), 8, *batch.noise.shape[1:])
-    candidates = torch.randn(shape, generator=generator, device=batch.t.device)  # (N, 8, 4, h, w)
-    distances = (candidates - batch.latents[:, None]).square().sum(dim=(2, 3, 4))  # (N, 8)
-    batch.noise = candidates[torch.arange(len(candidates)), distances.argmin(dim=1)]
-
-
 def changing(change: Callable[[Batch, UNetOptions, int], None]) -> Callable[..., Batch]:
     """`draw_batch` with a change to each batch."""
 
@@ -66,23 +57,23 @@ def changing(change: Callable[[Batch, UNetOptions, int], None]) -> Callable[...,
 
 ROWS: dict[str, list[str] | Callable] = {
     "preset": [],
-    "adamw": ["--optimizer", "adamw"],
-    "half the rate": ["--learning_rate", "1e-3"],
-    "twice the rate": ["--learning_rate", "4e-3"],
-    "batches of 16": ["--batch_size", "16"],
-    "batches of 64": ["--batch_size", "64"],
-    "wider": ["--block_out_channels", "64", "128", "192"],
+    "adamw": ["--optimizer", "adamw", "--learning_rate", "2e-3"],
+    "half the rate": ["--learning_rate", "3e-3"],
+    "twice the rate": ["--learning_rate", "12e-3"],
+    "batches of 32": ["--batch_size", "32"],
+    "batches of 128": ["--batch_size", "128"],
+    "wider": ["--block_out_channels", "48", "96", "144"],
     "no text on 8x8": ["--attention_levels", "0", "0", "1"],
     "deeper": ["--layers_per_block", "2"],
-    "2000 monsters": ["--dataset", "monsters:2000"],
+    "1000 monsters": ["--dataset", "monsters:1000"],
     "shorter average": ["--ema_decay", "0.98"],
     "longer average": ["--ema_decay", "0.995"],
     "v-prediction": ["--prediction_type", "v_prediction"],
     "all timesteps weigh 1": ["--min_snr_gamma", "0"],
-    "bfloat16": ["--precision", "bfloat16"],
+    "nearest of 8 noises": ["--nearest_noise", "8"],
+    "float32": ["--precision", "float32"],
     "192 pixels": ["--resolution", "192"],
     "logit-normal timesteps": middle_timesteps,
-    "nearest of 8 noises": nearest_noise,
 }
 
 # ----------------------------------------------------------------------------------------------------------------------

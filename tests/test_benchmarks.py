@@ -20,30 +20,25 @@ def test_every_row_differs_from_the_preset_in_what_it_names() -> None:
     for row, changes in quickstart.ROWS.items():
         options = parse_options(UNetOptions, quickstart.command_of(row), PRESETS, "monsters")
         differing = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != getattr(preset, f.name)]
-        assert differing == ([changes[0].removeprefix("--")] if changes and isinstance(changes, list) else []), row
+        named = (
+            [name.removeprefix("--") for name in changes if name.startswith("--")] if isinstance(changes, list) else []
+        )
+        assert sorted(differing) == sorted(named), row
 
 
-@pytest.mark.parametrize(
-    ("change", "changed"), [(quickstart.middle_timesteps, "t"), (quickstart.nearest_noise, "noise")]
-)
-def test_a_change_to_the_batch_changes_one_thing_the_same_way_every_time(
-    change: object, changed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_to_the_batch_changes_one_thing_the_same_way_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     given = Batch(
         torch.randn(64, 4, 4, 4), torch.randn(64, 4, 4, 4), torch.randint(1000, (64,)), torch.randn(64, 77, 8)
     )
     monkeypatch.setattr(quickstart, "draw_batch", lambda *_: dataclasses.replace(given))
-    one, again, other = (quickstart.changing(change)(None, None, None, UNetOptions(), step, None) for step in (3, 3, 4))
+    draw = quickstart.changing(quickstart.middle_timesteps)
+    one, again, other = (draw(None, None, None, UNetOptions(), step, None) for step in (3, 3, 4))
     for f in dataclasses.fields(Batch):
         values = [getattr(batch, f.name) for batch in (given, one, again, other)]
         assert torch.equal(values[1], values[2])
-        assert torch.equal(values[0], values[1]) == torch.equal(values[1], values[3]) == (f.name != changed)
-    if changed == "noise":
-        near, far = ((batch.noise - batch.latents).square().mean() for batch in (one, given))
-        assert near < far and 0.85 < one.noise.std() < 1.1
-    else:
-        assert one.t.min() >= 0 and one.t.max() < 1000 and 0.5 < ((one.t > 270) & (one.t < 730)).float().mean() < 0.9
+        assert torch.equal(values[0], values[1]) == torch.equal(values[1], values[3]) == (f.name != "t")
+    assert one.t.min() >= 0 and one.t.max() < 1000 and 0.5 < ((one.t > 270) & (one.t < 730)).float().mean() < 0.9
 
 
 def test_the_table_has_means_and_ranges_over_the_seeds() -> None:
@@ -66,11 +61,14 @@ def test_a_row_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(quickstart, "train", train)
     monkeypatch.setattr(quickstart, "RESULTS", tmp_path / "quickstart.json")
-    monkeypatch.setattr("sys.argv", ["quickstart", "--rows", "preset", "batches of 64", "--seeds", "5"])
+    monkeypatch.setattr("sys.argv", ["quickstart", "--rows", "preset", "batches of 128", "--seeds", "5"])
     quickstart.main()
     kept = json.loads((tmp_path / "quickstart.json").read_text())
     steps = PRESETS["monsters"]["max_steps"]
-    assert [(r["row"], r["seed"], r["steps"]) for r in kept] == [("preset", 5, steps), ("batches of 64", 5, steps // 2)]
+    assert [(r["row"], r["seed"], r["steps"]) for r in kept] == [
+        ("preset", 5, steps),
+        ("batches of 128", 5, steps // 2),
+    ]
     assert kept[0]["validation_loss"] == 0.1 and quickstart.speed_of("preset", tmp_path / "run") == 40
 
 
