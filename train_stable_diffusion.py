@@ -150,23 +150,11 @@ def draw_batch(
     shape = (N, *posterior.mean.shape[1:])
     spread = torch.randn(shape, generator=generator, device=device)[mine]
     noise = torch.randn(shape, generator=generator, device=device)[mine]
-    latents = model.vae.scale_latents(posterior.sample(noise=spread))
-    if options.nearest_noise > 1:
-        candidates = torch.randn((N, options.nearest_noise - 1, *shape[1:]), generator=generator, device=device)[mine]
-        noise = nearest(torch.cat([noise[:, None], candidates], dim=1), latents)
     if options.noise_offset:  # Guttenberg 2023: lets the mean of an image drift
         shift = torch.randn((N, shape[1], 1, 1), generator=generator, device=device)[mine]
         noise = noise + options.noise_offset * shift
+    latents = model.vae.scale_latents(posterior.sample(noise=spread))
     return Batch(latents, noise, t[mine], context)
-
-
-def nearest(candidates: Tensor, latents: Tensor) -> Tensor:
-    """Of noises (n, k, 4, h, w), the one nearest to each image's latents: paths from noise to images cross less often.
-
-    Immiscible Diffusion (Li et al. 2024, arXiv:2406.12303), in its form without an assignment within the batch.
-    """
-    distances = (candidates - latents[:, None]).square().sum(dim=(2, 3, 4))  # (n, k)
-    return candidates[torch.arange(len(candidates)), distances.argmin(dim=1)]
 
 
 def diffusion_loss(unet: nn.Module, schedule: NoiseSchedule, batch: Batch, gamma: float | None) -> Tensor:

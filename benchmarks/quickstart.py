@@ -44,6 +44,15 @@ def middle_timesteps(batch: Batch, options: UNetOptions, step: int) -> None:
     batch.t = (torch.sigmoid(normal) * 1000).long()
 
 
+def nearest_noise(batch: Batch, options: UNetOptions, step: int) -> None:
+    """For each image the nearest of eight noises to its latents (Immiscible Diffusion, Li et al. 2024)."""
+    generator = generator_for(batch.t.device, options.seed, "nearest", step)
+    shape = (len(batch.noise), 8, *batch.noise.shape[1:])
+    candidates = torch.randn(shape, generator=generator, device=batch.t.device)  # (N, 8, 4, h, w)
+    distances = (candidates - batch.latents[:, None]).square().sum(dim=(2, 3, 4))  # (N, 8)
+    batch.noise = candidates[torch.arange(len(candidates)), distances.argmin(dim=1)]
+
+
 def changing(change: Callable[[Batch, UNetOptions, int], None]) -> Callable[..., Batch]:
     """`draw_batch` with a change to each batch."""
 
@@ -70,10 +79,10 @@ ROWS: dict[str, list[str] | Callable] = {
     "longer average": ["--ema_decay", "0.995"],
     "v-prediction": ["--prediction_type", "v_prediction"],
     "all timesteps weigh 1": ["--min_snr_gamma", "0"],
-    "nearest of 8 noises": ["--nearest_noise", "8"],
     "float32": ["--precision", "float32"],
     "192 pixels": ["--resolution", "192"],
     "logit-normal timesteps": middle_timesteps,
+    "nearest of 8 noises": nearest_noise,
 }
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare_diffusers, quickstart
+from benchmarks import compare_diffusers, quickstart, scaling
 from diffusion_model import UNetConfig
 from train_stable_diffusion import Batch
 from training.options import parse_options
@@ -26,19 +26,27 @@ def test_every_row_differs_from_the_preset_in_what_it_names() -> None:
         assert sorted(differing) == sorted(named), row
 
 
-def test_a_change_to_the_batch_changes_one_thing_the_same_way_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "changed"), [(quickstart.middle_timesteps, "t"), (quickstart.nearest_noise, "noise")]
+)
+def test_a_change_to_the_batch_changes_one_thing_the_same_way_every_time(
+    change: object, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     given = Batch(
         torch.randn(64, 4, 4, 4), torch.randn(64, 4, 4, 4), torch.randint(1000, (64,)), torch.randn(64, 77, 8)
     )
     monkeypatch.setattr(quickstart, "draw_batch", lambda *_: dataclasses.replace(given))
-    draw = quickstart.changing(quickstart.middle_timesteps)
-    one, again, other = (draw(None, None, None, UNetOptions(), step, None) for step in (3, 3, 4))
+    one, again, other = (quickstart.changing(change)(None, None, None, UNetOptions(), step, None) for step in (3, 3, 4))
     for f in dataclasses.fields(Batch):
         values = [getattr(batch, f.name) for batch in (given, one, again, other)]
         assert torch.equal(values[1], values[2])
-        assert torch.equal(values[0], values[1]) == torch.equal(values[1], values[3]) == (f.name != "t")
-    assert one.t.min() >= 0 and one.t.max() < 1000 and 0.5 < ((one.t > 270) & (one.t < 730)).float().mean() < 0.9
+        assert torch.equal(values[0], values[1]) == torch.equal(values[1], values[3]) == (f.name != changed)
+    if changed == "noise":
+        near, far = ((batch.noise - batch.latents).square().mean() for batch in (one, given))
+        assert near < far and 0.85 < one.noise.std() < 1.1
+    else:
+        assert one.t.min() >= 0 and one.t.max() < 1000 and 0.5 < ((one.t > 270) & (one.t < 730)).float().mean() < 0.9
 
 
 def test_the_table_has_means_and_ranges_over_the_seeds() -> None:
@@ -98,19 +106,19 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("row", compare_diffusers.ROWS)
 def test_all_three_sides_do_the_same_work(row: str, dtype: str, tiny: None) -> None:
     case, outputs = compare_diffusers.Case(row, "tiny", dtype), []
-    for side in compare_diffusers.SIDES:
-        work = compare_diffusers.WORK[row](case, side)
+    for side in case.sides():
+        work = compare_diffusers.work_of(case, side)
         torch.manual_seed(1)
         outputs.append(work())
     if row in ("unet", "vae_decode"):
-        ours, documented, tuned = outputs[0], outputs[1].sample, outputs[2].sample
+        ours, *theirs = outputs[0], *(output.sample for output in outputs[1:])
     elif row == "vae_encode":
-        ours, documented, tuned = (posterior.mean for posterior in (outputs[0], *(o.latent_dist for o in outputs[1:])))
+        ours, *theirs = outputs[0].mean, *(output.latent_dist.mean for output in outputs[1:])
     else:
         return  # each side draws its own noise
     tolerance = 2e-5 if dtype == "float32" else 0.03
-    for theirs in (documented, tuned):
-        assert ((ours - theirs).norm() / ours.norm()).item() < tolerance
+    for output in theirs:
+        assert ((ours - output).norm() / ours.norm()).item() < tolerance
 
 
 def test_a_comparison_is_measured_in_turn_and_shown(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,4 +139,27 @@ def test_a_comparison_is_measured_in_turn_and_shown(tiny: None, monkeypatch: pyt
     assert calls[6:] == "ours documented tuned documented tuned ours tuned ours documented".split()
     assert result["documented"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     last = compare_diffusers.table([result]).splitlines()[-1]
-    assert last == "| unet | tiny | float32 | 2.00× (2.00…2.00) | 1.50× (1.50…1.50) | 100, 200, 150 |"
+    assert last == "| unet | tiny | float32 | 2.00× (2.00…2.00) | 1.50× (1.50…1.50) |  | 100, 200, 150 |"
+
+
+def test_scaling_measures_every_value_of_a_row(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "ROWS", {"images": [5, 9], "batch": [2, 4], "steps": [1, 3]})
+    monkeypatch.setattr(scaling, "ROUNDS", 2)
+    cpu = torch.device("cpu")
+    for name, values in scaling.ROWS.items():
+        measured = scaling.row(name, "tiny", cpu, tmp_path)
+        assert [result["value"] for result in measured] == values
+        assert all(len(result["seconds"]) == 2 and min(result["seconds"]) > 0 for result in measured)
+        work = [result["operations"] for result in measured]
+        assert work[1] == work[0] * (2 if name == "batch" else 1) > 1e6
+    assert scaling.matrix_rate(cpu, torch.float32) > 1e8
+
+
+def test_the_table_of_scaling_is_relative_to_the_first_value() -> None:
+    same = {"row": "images", "rate": 1e9, "operations": 5e8}
+    results = [same | {"value": 500, "seconds": [1.0, 1.0, 9.0], "memory_mb": 4.2}]
+    results += [same | {"value": 20_000, "seconds": [1.1], "memory_mb": 6.0}]
+    assert scaling.table(results).splitlines()[2:] == [
+        "| images | 500 | 1.00× | +4 | 50% |",
+        "| images | 20,000 | 1.10× | +6 | 45% |",
+    ]

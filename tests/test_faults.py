@@ -31,7 +31,6 @@ UNET, VAE, CLIP = "train_stable_diffusion.py", "train_vae.py", "train_clip.py"
 REPORTER, FOLDER, REPRODUCIBLE = "training/reporter.py", "training/run_folder.py", "training/reproducible.py"
 STEP = "test_training.py::test_a_step_weighs_by_min_snr_and_clips_as_its_options_say"
 BATCH = "test_training.py::test_a_batch_has_mirrors_dropped_captions_posterior_noise_scale_and_all_timesteps"
-NEAREST = "test_training.py::test_of_several_noises_the_nearest_to_each_image_is_taken"
 JUDGED = "test_training.py::test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate[0.9]"
 KILLED, STOPPED = "test_interruptions.py::test_killed_and_resumed", "test_interruptions.py::test_stopped_and_resumed"
 DAMAGED = "test_run_folder.py::test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used"
@@ -49,8 +48,6 @@ FAULTS = [
     Fault("processes see the same slice", UNET, "slice(processes.rank * N // processes.count,", "slice(0 * N // processes.count,", "test_training.py::test_processes_take_slices_of_one_batch"),
     Fault("images drawn with replacement", REPRODUCIBLE, "positions[epochs == e] % count", "positions[epochs == e] // 2 % count", "test_training.py::test_every_image_once_an_epoch"),
     Fault("held-out images trained on", "training/captioned_latents.py", "return order[held_out:], order[:held_out]", "return order, order[:held_out]", "test_training.py::test_split_is_fixed_and_complete"),
-    Fault("the farthest noise taken", UNET, "distances.argmin(dim=1)", "distances.argmax(dim=1)", NEAREST),
-    Fault("any noise taken", UNET, "noise = nearest(torch.cat([noise[:, None], candidates], dim=1), latents)", "pass", NEAREST),
     # The loss
     Fault("min-SNR unused by the loss", UNET, "schedule.loss_weight(batch.t, gamma) * error", "error", "test_training.py::test_loss_is_the_weighted_error"),
     Fault("min-SNR not passed on", UNET, "options.min_snr_gamma or None", "None", STEP),

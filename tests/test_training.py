@@ -20,7 +20,7 @@ from published import save_text_encoder
 from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_parts, tiny_text_encoder, tiny_unet, tiny_vae, training_arguments
-from train_stable_diffusion import Batch, Options, diffusion_loss, nearest, train_step, validation_loss
+from train_stable_diffusion import Batch, Options, diffusion_loss, train_step, validation_loss
 from training.captioned_latents import split_images
 from training.options import parse_options
 from training.presets import PRESETS, VAEOptions
@@ -145,7 +145,7 @@ def test_keys_make_unrelated_generators() -> None:
 def test_processes_take_slices_of_one_batch() -> None:
     """Two processes together see what one would: same images, noise, timesteps and dropped captions."""
     data = StandInData(6)
-    model, options = tiny_model(), Options(batch_size=8, noise_offset=0.1, nearest_noise=3)
+    model, options = tiny_model(), Options(batch_size=8, noise_offset=0.1)
     chosen, _ = split_images(6, 0.2, 0, CPU)
     batches = [
         script.draw_batch(data, chosen, model, options, 5, Processes(rank, count, CPU))
@@ -153,25 +153,6 @@ def test_processes_take_slices_of_one_batch() -> None:
     ]
     for whole, first, second in zip(*(vars(batch).values() for batch in batches), strict=True):
         assert torch.equal(whole, torch.cat([first, second]))
-
-
-def test_of_several_noises_the_nearest_to_each_image_is_taken() -> None:
-    latents = torch.stack([torch.full((4, 2, 2), value) for value in (-1.0, 2.0)])
-    far, near = torch.full((4, 2, 2), 9.0), torch.full((4, 2, 2), 1.9)
-    candidates = torch.stack([torch.stack([far, latents[0] + 0.1, near]), torch.stack([near, far, far])])
-    assert torch.equal(nearest(candidates, latents), torch.stack([latents[0] + 0.1, near]))
-
-    # In a batch: closer to its image than chance, as wide as noise, and the same for two processes as for one.
-    data, model = StandInData(64), tiny_model()
-    size = {"batch_size": 64, "caption_dropout": 0.0}
-    batches = {
-        k: script.draw_batch(data, torch.arange(64), model, Options(**size, nearest_noise=k), 0, Processes(0, 1, CPU))
-        for k in (1, 16)
-    }
-    distance = {k: (batch.noise - batch.latents).square().mean() for k, batch in batches.items()}
-    assert distance[16] < 0.95 * distance[1]
-    assert abs(batches[16].noise.std() - 1) < 0.05
-    assert torch.equal(batches[1].latents, batches[16].latents) and torch.equal(batches[1].t, batches[16].t)
 
 
 def test_split_is_fixed_and_complete() -> None:

@@ -48,7 +48,6 @@ class UNetOptions:
     zero_terminal_snr: bool = option(False, "end the schedule in pure noise (Lin et al. 2024); needs v_prediction", fixed=True)
     min_snr_gamma: float = option(5.0, "gamma of the min-SNR weighting (Hang et al. 2023); 0 = off", fixed=True, at_least=0, at_most=1e6)
     noise_offset: float = option(0.0, "strength of noise shared by a whole channel, for dark and bright images; 0 = off", fixed=True, at_least=0)
-    nearest_noise: int = option(1, "noises drawn for each image, of which the nearest to it is taken (Li et al. 2024); 1 = any", fixed=True, at_least=1, at_most=1024)
     caption_dropout: float = option(0.1, "share of captions replaced by the empty one, which guidance needs; 0 = off", fixed=True, at_least=0, at_most=1)
 
     max_steps: int = option(15_000, "training steps in all", at_least=1, group="optimisation")
@@ -102,13 +101,13 @@ PRESETS: dict[str, dict] = {
         "mirror": False,  # they look to either side; a new monster costs little more than a mirror, and teaches more
         "output_dir": "stable_diffusion_results/my_monsters",
         "block_out_channels": [32, 64, 128],
-        "max_steps": 800,
+        "max_steps": 840,
         "learning_rate": 6e-3,
         "warmup_steps": 50,
         "ema_decay": 0.99,
-        "validate_every": 400,
-        "preview_every": 100,
-        "checkpoint_every": 400,
+        "validate_every": 420,
+        "preview_every": 140,
+        "checkpoint_every": 420,
         "final_samples": 32,
         "wandb": "off",
     },

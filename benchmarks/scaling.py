@@ -1,0 +1,172 @@
+"""How do time and memory of training grow, and how near is a step to what the machine can do?
+
+    python -m benchmarks.scaling                     # the quickstart's U-Net; some minutes on two CPU cores
+    python -m benchmarks.scaling --rows images --model pokemon
+    python -m benchmarks.scaling --table             # what was measured, as a table
+
+Four rows of numbers: images in the data set (the latents of up to 20,000 are made up on disk, in the files of the
+training cache), images in a batch, side of the images in pixels, and steps since the start. All values of a row are
+timed in turn, several rounds over. The share of the limit: the floating-point operations of a step, as PyTorch counts
+them, over the rate at which this machine multiplied two large matrices of the same type in the same run. Results go to
+scaling.json.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.compare_diffusers import MODELS, Case, build, machine, seconds
+from noise_schedule import NoiseSchedule
+from stable_diffusion_model import StableDiffusion, choose_device
+from train_stable_diffusion import draw_batch, train_step
+from training.captioned_latents import CaptionedLatents, memory_for_data
+from training.encoded_cache import EncodedCache, Rows, sha256
+from training.optimizers import make_optimizer
+from training.presets import UNetOptions
+from training.reproducible import Processes, resolve_precision
+from training.run_folder import atomically
+
+RESULTS = Path(__file__).with_suffix(".json")
+ROWS = {
+    "images": [500, 2000, 5000, 20_000],
+    "batch": [8, 16, 32, 64, 128],
+    "side": [64, 128, 192, 256],
+    "steps": [1, 100, 200, 300],
+}
+ROUNDS = 9
+
+
+class Trainer:
+    """A training run without its reports: `step` is what a step of `train_stable_diffusion.py` does to the weights."""
+
+    def __init__(self, model: str, device: torch.device, folder: Path, images: int, batch: int, side: int) -> None:
+        shape, h = MODELS[model], side // 8
+        parts = build(Case("train", model, "float32"), "ours")
+        self.model = StableDiffusion(
+            parts.text_encoder, parts.unet.laid_out(device).train(), parts.vae, NoiseSchedule()
+        )
+        self.model.schedule.to(device)
+        self.options = UNetOptions(batch_size=batch, mirror=False)
+        self.precision, self.processes = resolve_precision("auto", device), Processes(0, 1, device)
+        self.optimizer = make_optimizer("adamw", self.model.unet, 1e-4, 1e-2)
+        budget = memory_for_data(device)
+        moments = made_up(folder, (1, 8, h, h), images, device, budget)
+        contexts = made_up(folder, (77, shape.unet.context_dim), images + 1, device, budget - moments.nbytes)
+        self.data = CaptionedLatents(moments, contexts, torch.arange(1, images + 1, device=device), [])
+        self.indices, self.steps = torch.arange(images, device=device), itertools.count()
+
+    def step(self) -> None:
+        batch = draw_batch(self.data, self.indices, self.model, self.options, next(self.steps), self.processes)
+        train_step(self.model.unet, self.model.schedule, batch, self.optimizer, self.options, self.precision)
+
+
+def made_up(folder: Path, shape: tuple[int, ...], count: int, device: torch.device, budget: int) -> Rows:
+    """Random rows in a cache as training leaves one; those that are there already are taken."""
+    cache = EncodedCache(folder, {"made_up": "yes"}, shape)
+    keys = [sha256(f"{shape} {i}".encode()) for i in range(count)]
+    missing, rng = cache.missing(keys), np.random.default_rng(0)
+    for start in range(0, len(missing), 256):
+        some = missing[start : start + 256]
+        cache.append(some, rng.standard_normal((len(some), *shape), np.float32).astype(np.float16))
+    cache.close()
+    cache.missing(keys)
+    return Rows(cache, keys, device, budget)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second in the product of two matrices of 2048×2048 (8192 on a GPU); best of five."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device.type) for _ in range(5))
+
+
+def operations(trainer: Trainer) -> int:
+    """Of one step, counted (matrix products and convolutions)."""
+    with FlopCounterMode(display=False) as counter:
+        trainer.step()
+    return counter.get_total_flops()
+
+
+def row(name: str, model: str, device: torch.device, folder: Path) -> list[dict]:
+    """For each value of a row: seconds of a step, memory that the run added, and operations of a step."""
+    shape = MODELS[model]
+    usual = {"images": 500, "batch": shape.batch, "side": shape.train_side}
+    if name == "steps":
+        return list(along_a_run(Trainer(model, device, folder, **usual), device))
+    results, trainers = [], []
+    for value in ROWS[name]:
+        before = memory(device)
+        trainers.append(Trainer(model, device, folder, **usual | {name: value}))
+        results.append({"value": value, "operations": operations(trainers[-1])})
+        trainers[-1].step()
+        results[-1]["memory_mb"] = memory(device) - before
+    times: list[list[float]] = [[] for _ in trainers]
+    for _ in range(ROUNDS):
+        for of_trainer, trainer in zip(times, trainers, strict=True):
+            of_trainer.append(seconds(trainer.step, device.type))
+    return [result | {"seconds": values} for result, values in zip(results, times, strict=True)]
+
+
+def along_a_run(trainer: Trainer, device: torch.device) -> Iterator[dict]:
+    """One run, timed for some steps from each step of the row on."""
+    count, taken, before = operations(trainer), 0, memory(device)
+    for value in ROWS["steps"]:
+        while taken < value:
+            trainer.step()
+            taken += 1
+        values = [seconds(trainer.step, device.type) for _ in range(ROUNDS)]
+        taken += ROUNDS
+        yield {"value": value, "operations": count, "seconds": values, "memory_mb": memory(device) - before}
+
+
+def memory(device: torch.device) -> float:
+    """What this process holds now, in MB."""
+    used = torch.cuda.memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
+    return used / 1e6
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, a line for each value; times relative to the first value of the row, since machines differ."""
+    lines = ["| row | value | time of a step | memory (MB) | share of the limit |", "| --- " * 5 + "|"]
+    first: dict[str, float] = {}
+    for result in results:
+        median = statistics.median(result["seconds"])
+        start = first.setdefault(result["row"], median)
+        share = result["operations"] / median / result["rate"]
+        cells = [result["row"], f"{result['value']:,}", f"{median / start:.2f}×", f"{result['memory_mb']:+.0f}"]
+        lines.append(f"| {' | '.join([*cells, f'{share:.0%}'])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--model", default="quickstart", choices=list(MODELS))
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--table", action="store_true", help="only print what was measured")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [] if options.table else options.rows:
+            rate = matrix_rate(device, resolve_precision("auto", device))
+            about = {"row": name, "model": options.model, "rate": rate} | machine(device.type)
+            measured = [about | result for result in row(name, options.model, device, Path(folder))]
+            results = [old for old in results if (old["row"], old["model"]) != (name, options.model)] + measured
+            with atomically(RESULTS) as file:
+                file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for model in dict.fromkeys(result["model"] for result in results):
+        print(f"{model}:\n" + table([result for result in results if result["model"] == model]))
+
+
+if __name__ == "__main__":
+    main()
