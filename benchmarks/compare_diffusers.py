@@ -5,9 +5,10 @@
     python -m benchmarks.compare_diffusers --table                  # what was measured, as a table
 
 Several take turns: this repository; diffusers as its documentation uses it, in the same dtype and, if that is bfloat16,
-in float32, too, its default; and diffusers tuned with what we do (memory layout, fused optimizer, `--compile`). A ratio is their time over ours in the same round: above 1, ours is faster. The
-table has the median over the rounds and, in brackets, the smallest and the largest. Memory is the peak of a process of
-its own (CPU), or of what PyTorch allocated (CUDA). Results are added to compare_diffusers.json.
+in float32, too, its default; and diffusers tuned with what we do (memory layout, fused optimizer, `--compile`). A ratio
+is their time over ours in the same round: above 1, ours is faster. The table has the median over the rounds and, in
+brackets, the smallest and the largest. Memory is the peak of a process of its own (CPU), or of what PyTorch allocated
+(CUDA). Results are added to compare_diffusers.json.
 """
 
 import argparse
