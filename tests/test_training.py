@@ -734,6 +734,28 @@ def test_options_from_preset_file_and_command_line(tmp_path: Path) -> None:
         parse_options(Options, ["--config", str(file)], PRESETS, "pokemon")
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_begins_as_it_says(preset: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options fit together, and what it lacks here is asked for in a sentence that says what to do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = parse_options(Options, ["--preset", preset], PRESETS, "pokemon")
+    assert options.batch_size % options.gradient_accumulation == 0 and options.resolution % 8 == 0
+    if options.pretrained:  # brings its own shape
+        assert not {"block_out_channels", "attention_levels", "layers_per_block"} & PRESETS[preset].keys()
+    else:
+        assert len(options.block_out_channels) == len(options.attention_levels)
+    small = ["--dataset", "monsters:4", "--resolution", "16", "--device", "cpu", "--wandb", "off"]
+    if preset == "monsters":
+        model = script.build_model(options)
+        assert model.unet.config.block_out_channels == tuple(options.block_out_channels)
+        return
+    said = "--preset monsters" if preset == "turquoise" else "or take what ships: --vae"
+    with pytest.raises(UserError, match=said):
+        script.main(["--preset", preset, *small])
+    assert not [path for path in (tmp_path / "stable_diffusion_results").rglob("*") if path.is_file()]
+
+
 def test_an_unreachable_hub_ends_the_script_with_one_line(tmp_path: Path) -> None:
     """As a user sees it: an exit code and one line, no traceback."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffusion_model import UNet, UNetConfig
+from diffusion_model import UNet, UNetConfig, attend
 from published import unet_config, unet_dict
 from tests.tiny import randomised, tiny_unet
 
@@ -47,6 +47,22 @@ def theirs(config: UNetConfig) -> UNet2DConditionModel:
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("length", [3, 77, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients_are_those_of_pytorch(dtype: torch.dtype, length: int) -> None:
+    """On the CPU, training in bfloat16 takes another way through short sequences; it is the same function."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 4, n, 8, dtype=dtype, requires_grad=True) for n in (50, length, length)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    ours, expected = attend(*inputs), torch.nn.functional.scaled_dot_product_attention(*exact)
+    direction = torch.randn_like(expected)
+    gradients = torch.autograd.grad((ours * direction).sum(), inputs)
+    tolerance = 2e-6 if dtype == torch.float32 else 0.01
+    assert ours.dtype == dtype and relative_error(ours.double(), expected) < tolerance
+    for a, b in zip(gradients, torch.autograd.grad((expected * direction).sum(), exact), strict=True):
+        assert relative_error(a.double(), b) < tolerance
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -80,22 +80,14 @@ class UNetOptions:
 
 
 # What two CPU cores can train in minutes or an hour: small latents, a small U-Net, Muon.
-_TWO_CORES = {
-    "resolution": 128,
-    "attention_levels": [0, 1, 1],
-    "num_attention_heads": [4],
-    "layers_per_block": 1,
-    "norm_num_groups": 16,
-    "batch_size": 64,
-    "optimizer": "muon",
-    "preview_steps": 15,
-    "log_every": 10,
-}
+_TWO_CORES = {"resolution": 128, "batch_size": 64, "optimizer": "muon", "preview_steps": 15, "log_every": 10}
+_SMALL = {"attention_levels": [0, 1, 1], "num_attention_heads": [4], "layers_per_block": 1, "norm_num_groups": 16}
 
 PRESETS: dict[str, dict] = {
     # The quickstart: everything is drawn, small and cheap. Two CPU cores, minutes, no download, no account. What each
     # choice is worth is measured by benchmarks/quickstart.py.
     "monsters": _TWO_CORES
+    | _SMALL
     | {
         "dataset": "monsters:2000",
         "mirror": False,  # they look to either side; a new monster costs little more than a mirror, and teaches more
@@ -130,6 +122,7 @@ PRESETS: dict[str, dict] = {
     },
     # Real images in an hour or two on two cores.
     "pokemon_cpu": _TWO_CORES
+    | _SMALL
     | {
         "output_dir": "stable_diffusion_results/pokemon_cpu",
         "block_out_channels": [48, 96, 144],
@@ -172,6 +165,8 @@ WITHOUT_HUB = (
     f"; or take what ships: --vae {_SHIPPED['vae']} --text_encoder {_SHIPPED['text_encoder']}, or go on from a whole model: "
     f"--pretrained {_HERE / 'stable_diffusion_results' / 'monsters' / 'model'}."
 )
+
+HINTS = {"turquoise": "; train it first, in eight minutes: --preset monsters."}  # where a model is missing
 
 
 @dataclass
