@@ -105,6 +105,28 @@ def test_a_planted_copy_is_nearest_to_its_original_mirrored_or_not() -> None:
     distance, which, mirrored = script.nearest(queries, known)
     assert which[:2].tolist() == [7, 12] and mirrored[:2].tolist() == [False, True]
     assert distance[:2].max() < 1e-3 < 0.1 < distance[2]
+    others, which, _ = script.nearest(known, known, but=torch.arange(30))
+    assert others.min() > 0.1 and (which != torch.arange(30)).all()
+
+
+@pytest.mark.parametrize("of_a_folder", [False, True])
+def test_planted_copies_are_counted(of_a_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three training images, a little blurred and one of them mirrored, among eight samples: three copies."""
+    if of_a_folder:
+        (tmp_path / "images").mkdir()
+        for i in range(24):
+            monsters.draw(i, 64).save(tmp_path / "images" / f"{i:02d}.png")
+            (tmp_path / "images" / f"{i:02d}.txt").write_text(monsters.caption(i))
+    copies = [monsters.draw(i, 32).resize((64, 64)) for i in (3, 8, 20)]
+    copies[1] = copies[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    fresh = [monsters.draw(800_000 + i, 64) for i in range(5)]
+    monkeypatch.setattr(script, "sample_all", lambda *_: copies + fresh)
+    tiny_model().save_pretrained(tmp_path / "model")
+    source = str(tmp_path / "images") if of_a_folder else "monsters:24"
+    argv = [str(tmp_path / "model"), "--dataset", source, "--num_samples", "8", "--resolution", "64"]
+    script.main([*argv, "--device", "cpu", "--output_dir", str(tmp_path / "report")])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["share_of_copies"] == 3 / 8
 
 
 def test_prompts_are_of_unseen_monsters_and_name_their_colour(asked: list[obedience.Unseen]) -> None:

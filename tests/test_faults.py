@@ -32,6 +32,7 @@ REPORTER, FOLDER, REPRODUCIBLE = "training/reporter.py", "training/run_folder.py
 STEP = "test_training.py::test_a_step_weighs_by_min_snr_and_clips_as_its_options_say"
 BATCH = "test_training.py::test_a_batch_has_mirrors_dropped_captions_posterior_noise_scale_and_all_timesteps"
 JUDGED = "test_training.py::test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate[0.9]"
+COPIES = "test_evaluation.py::test_planted_copies_are_counted"
 KILLED, STOPPED = "test_interruptions.py::test_killed_and_resumed", "test_interruptions.py::test_stopped_and_resumed"
 DAMAGED = "test_run_folder.py::test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used"
 
@@ -78,6 +79,12 @@ FAULTS = [
     Fault("raw weights previewed", UNET, "return self.model.sample(", "self.model.unet = self.unet; return self.model.sample(", JUDGED),
     Fault("raw weights saved", UNET, "lambda path: self.model.save_pretrained", "lambda path: setattr(self.model, 'unet', self.unet) or self.model.save_pretrained", JUDGED),
     Fault("every checkpoint called the best", REPORTER, "is_best = score < self.best", "is_best = True", "test_training.py::test_the_best_model_is_the_one_with_the_lowest_validation_loss"),
+    # What is reported of copies
+    Fault("a training image is its own nearest", "evaluate_stable_diffusion.py", "but=torch.arange(len(known))", "but=None", COPIES + "[True]"),
+    Fault("half of the samples called copies", "evaluate_stable_diffusion.py", "baseline.quantile(0.01)", "baseline.quantile(0.9)", COPIES + "[False]"),
+    Fault("mirrored copies not found", "evaluate_stable_diffusion.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", COPIES + "[False]"),
+    # Attention
+    Fault("attention not scaled where it is spelled out", "diffusion_model.py", " * q.shape[-1] ** -0.5", "", "test_unet.py::test_attention_and_its_gradients_are_those_of_pytorch[dtype1-77]"),
     # Resuming
     Fault("metrics not forgotten on resume", FOLDER, 'if int(row["step"]) <= step]', "]", KILLED + "[row-5]"),
     Fault("losses of the open interval forgotten", REPORTER, 'state.get("recent", [])', "[]", KILLED + "[checkpoint-2]"),
