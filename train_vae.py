@@ -200,7 +200,8 @@ class ImageSets:
             for rows, n in zip(self.rows, shares, strict=True)
             if n
         ]
-        return self.crops(torch.cat(parts), generator_for(self.device, seed, "crops", step))
+        crops = self.crops(torch.cat(parts), generator_for(self.device, seed, "crops", step))
+        return crops.contiguous(memory_format=torch.channels_last)
 
     def standardising_sample(self) -> Tensor:
         """Up to 128 training images of each source, uint8, always the same."""
@@ -225,7 +226,7 @@ class Run:
         self.precision = resolve_precision(options.precision, device)
         state = load_checkpoint(folder.path, device) if options.resume else None
         self.sets = ImageSets(options, device)
-        self.vae = vae.to(device).train()
+        self.vae = vae.to(device, memory_format=torch.channels_last).train()
         self.discriminator = PatchDiscriminator().to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
             self.vae.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True

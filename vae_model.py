@@ -7,8 +7,6 @@ Parameter names and layouts are those of diffusers' `AutoencoderKL`, so weights 
 Letters in the shape comments:
     N  images in the batch    C  channels    H, W  size of the image    h, w  size of a feature map (latents: 1/8)
 
-Inside, feature maps are channels-last: on two cores 1.1 to 1.4 times as fast as contiguous, in float32 and bfloat16.
-
 Spaces: pixels in [-1, 1] → `encode` → raw latents → `scale_latents` → latents of unit variance, which the U-Net sees.
 
 `VAE.load` reads the `vae_model.pth` that `VAE.save` writes; `published.load_vae` reads everybody else's files as well.
@@ -235,6 +233,11 @@ class DiagonalGaussian:
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
+def _laid_out(x: Tensor) -> Tensor:
+    """Channels-last on a CPU, which all feature maps behind it then are: 1.1 to 1.4 times as fast on two cores."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
 class VAE(nn.Module):
     """Images in [-1, 1] to raw latents and back; raw latents to unit variance and back."""
 
@@ -253,8 +256,7 @@ class VAE(nn.Module):
             raise ValueError(
                 f"images of {images.shape[-1]}×{images.shape[-2]}: width and height must be divisible by {f}."
             )
-        moments = self.quant_conv(self.encoder(images.contiguous(memory_format=torch.channels_last)))
-        return DiagonalGaussian.from_moments(moments.contiguous())
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(_laid_out(images))).contiguous())
 
     def scale_latents(self, raw_latents: Tensor) -> Tensor:
         """Raw latents, or their means → unit variance, as the U-Net sees them (Rombach et al. 2022, Appendix G)."""
@@ -275,8 +277,7 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (N, 4, h, w) → images (N, 3, 8h, 8w) in about [-1, 1]."""
-        latents = self.post_quant_conv(latents).contiguous(memory_format=torch.channels_last)
-        return self.decoder(latents).contiguous()
+        return self.decoder(_laid_out(self.post_quant_conv(latents))).contiguous()
 
     def decode_tiled(self, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
         """`decode` for large images, tile by tile, so that memory does not grow with the image.

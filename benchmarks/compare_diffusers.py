@@ -1,6 +1,6 @@
 """Are we faster than diffusers? The same weights, inputs, dtype and threads, timed in turn in one process.
 
-    python -m benchmarks.compare_diffusers          # all rows, without SD 1.5: half an hour on two CPU cores
+    python -m benchmarks.compare_diffusers          # all rows, without SD 1.5
     python -m benchmarks.compare_diffusers --rows unet vae_decode --models pokemon sd15 --dtypes float32
     python -m benchmarks.compare_diffusers --table                  # what was measured, as a table
 
@@ -15,8 +15,7 @@ import argparse
 import gc
 import itertools
 import json
-import platform
-import resource
+import math
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import torch
@@ -37,13 +37,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusion_model import UNet, UNetConfig
 from noise_schedule import NoiseSchedule
 from published import load_text_encoder, unet_dict, vae_dict
-from stable_diffusion_model import StableDiffusion, choose_device
+from stable_diffusion_model import StableDiffusion
 from text_encoder import TextEncoder
 from train_stable_diffusion import draw_batch, train_step
 from training.captioned_latents import CaptionedLatents
 from training.optimizers import make_optimizer
 from training.presets import PRESETS, UNetOptions
-from training.reproducible import Processes
+from training.reproducible import Processes, resolve_precision
 from training.run_folder import atomically
 from vae_model import VAE, VAEConfig
 
@@ -65,7 +65,7 @@ class Model:
 
     unet: UNetConfig
     vae: VAEConfig
-    text: str  # "shipped" or "published": CLIP ViT-L's shape
+    text: str  # "shipped", or "published": CLIP ViT-L's shape with random weights
     side: int  # of the images, in pixels: sampling, and the VAE
     train_side: int
     batch: int
@@ -96,32 +96,35 @@ MODELS = {
 class Side:
     """The networks of one side, with the same random weights as the others'."""
 
-    unet: nn.Module
-    vae: nn.Module
-    text_encoder: TextEncoder
-
-    def to(self, device: str, dtype: torch.dtype) -> "Side":
-        self.unet.to(device, dtype), self.vae.to(device, dtype)
-        return self
+    unet: nn.Module | None
+    vae: nn.Module | None
+    text_encoder: TextEncoder | None
 
 
 def build(case: "Case", side: str) -> Side:
-    """Only what this side needs, so that the peak of its memory is its own."""
-    model = MODELS[case.model]
+    """The networks that a row needs, on its device and in its dtype; the others are left out, as None."""
+    model, needs = MODELS[case.model], NEEDS[case.row]
     torch.manual_seed(0)
-    clip = load_text_encoder(ROOT / "stable_diffusion_results" / "clip")
-    if model.text == "published":  # its shape, with random weights; the tokenizer's words matter to no timing
+    unet = UNet(model.unet).eval() if "unet" in needs else None
+    vae = VAE(model.vae).eval() if "vae" in needs else None
+    clip = load_text_encoder(ROOT / "stable_diffusion_results" / "clip") if "text" in needs else None
+    if clip and model.text == "published":  # the tokenizer's words matter to no timing
         shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
         tokens = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
         clip = TextEncoder(clip.tokenizer, CLIPTextModel(CLIPTextConfig(**shape, **tokens)))
-    unet, vae = UNet(model.unet).eval(), VAE(model.vae).eval()
-    for parameter in unet.parameters():  # undoes the zeros at the start
+    for parameter in unet.parameters() if unet else ():  # undoes the zeros at the start
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     if side != "ours":
-        unet, vae = as_theirs(TheirUNet, unet_dict(model.unet), unet), as_theirs(TheirVAE, vae_dict(model.vae), vae)
-        layout = torch.channels_last if side == "tuned" else torch.contiguous_format
-        unet.to(memory_format=layout), vae.to(memory_format=layout)
+        unet = as_theirs(TheirUNet, unet_dict(model.unet), unet) if unet else None
+        vae = as_theirs(TheirVAE, vae_dict(model.vae), vae) if vae else None
+    training = case.row in ("train", "pictures")
+    if side == "tuned":  # training on a CPU is faster contiguous, see `UNet.laid_out`
+        contiguous = training and case.device == "cpu"
+        layout = torch.contiguous_format if contiguous else torch.channels_last
+        unet, vae = (part and part.to(memory_format=layout) for part in (unet, vae))
+    dtype = torch.float32 if training else case.torch_dtype
+    unet, vae = (part and part.to(case.device, dtype) for part in (unet, vae))
     return Side(unet, vae, clip)
 
 
@@ -161,10 +164,10 @@ def compiled(network: nn.Module, case: Case, side: str) -> nn.Module:
 def unet(case: Case, side: str) -> Callable[[], object]:
     """The guidance batch of one image through the U-Net."""
     model, device, dtype = MODELS[case.model], case.device, case.torch_dtype
-    network = compiled(build(case, side).to(device, dtype).unet, case, side)
+    network = compiled(build(case, side).unet, case, side)
     h = model.side // 8
-    x, t = torch.randn(2, 4, h, h, device=device, dtype=dtype), torch.full((2,), 500, device=device)
-    context = torch.randn(2, 77, model.unet.context_dim, device=device, dtype=dtype)
+    x, context = (torch.randn(2, *shape).to(device, dtype) for shape in ((4, h, h), (77, model.unet.context_dim)))
+    t = torch.full((2,), 500, device=device)
     return no_grad(lambda: network(x, t, context))
 
 
@@ -179,8 +182,8 @@ def vae_encode(case: Case, side: str) -> Callable[[], object]:
 
 
 def vae_half(case: Case, side: str, half: Callable, shape: tuple[int, int]) -> Callable[[], object]:
-    vae = build(case, side).to(case.device, case.torch_dtype).vae
-    x = torch.randn(1, shape[0], shape[1], shape[1], device=case.device, dtype=case.torch_dtype)
+    vae = build(case, side).vae
+    x = torch.randn(1, shape[0], shape[1], shape[1]).to(case.device, case.torch_dtype)
     if case.compile and side in ("ours", "tuned"):
         vae.encoder, vae.decoder = torch.compile(vae.encoder), torch.compile(vae.decoder)
     return no_grad(lambda: half(vae)(x))
@@ -215,7 +218,10 @@ def train(case: Case, side: str) -> Callable[[], object]:
 
 
 def pictures(case: Case, side: str) -> Callable[[], object]:
-    """One step from images and captions: ours gathers cached latents, theirs encodes, as `train_text_to_image` does."""
+    """One step from images and captions: ours gathers cached latents, theirs encodes, as `train_text_to_image` does.
+
+    What encoding once took is not counted: over an epoch, it is what theirs spends on it in every epoch.
+    """
     return training(case, side, cached=False)
 
 
@@ -225,9 +231,10 @@ def training(case: Case, side: str, cached: bool) -> Callable[[], object]:
     ids = torch.randint(2, 100, (N, 77), device=device)
     if side == "ours":
         options = UNetOptions(batch_size=N, min_snr_gamma=0.0, mirror=False)
-        ours = StableDiffusion(parts.text_encoder, parts.unet.laid_out(device).train(), parts.vae, NoiseSchedule())
-        ours.schedule.to(device)
-        network, optimizer = compiled(ours.unet, case, side), make_optimizer("adamw", ours.unet, 1e-4, 1e-2)
+        schedule, unet = NoiseSchedule().to(device), parts.unet.laid_out(device).train()
+        network, optimizer = compiled(unet, case, side), make_optimizer("adamw", unet, 1e-4, 1e-2)
+        # What a step asks of the model: its schedule and its latents' scale. VAE and CLIP have done their work.
+        ours = SimpleNamespace(schedule=schedule, vae=SimpleNamespace(scale_latents=lambda latents: latents * 0.18215))
         moments = torch.randn(8 * N, 1, 8, h, h, device=device, dtype=torch.float16)
         contexts = torch.randn(8 * N + 1, 77, width, device=device, dtype=torch.float16)
         data = CaptionedLatents(moments, contexts, torch.arange(1, 8 * N + 1, device=device), [])
@@ -235,17 +242,17 @@ def training(case: Case, side: str, cached: bool) -> Callable[[], object]:
 
         def step() -> None:
             batch = draw_batch(data, indices, ours, options, next(steps), Processes(0, 1, device))
-            train_step(network, ours.schedule, batch, optimizer, options, case.torch_dtype)
+            train_step(network, schedule, batch, optimizer, options, case.torch_dtype)
 
         return step
 
-    parameters = list(parts.unet.to(device).train().parameters())
+    parameters = list(parts.unet.train().parameters())
     network = compiled(parts.unet, case, side)
     fused = {"fused": True} if side == "tuned" else {}
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2, **fused)
     scheduler = DDPMScheduler(**BETAS)
     if not cached:  # accelerate's mixed precision: the frozen networks in the low one, the U-Net under autocast
-        vae, text = parts.vae.to(device, case.torch_dtype), parts.text_encoder.model.to(device, case.torch_dtype)
+        vae, text = (part.to(device, case.torch_dtype) for part in (parts.vae, parts.text_encoder.model))
         pixels = torch.randn(N, 3, model.train_side, model.train_side, device=device, dtype=case.torch_dtype)
     latents, context = torch.randn(N, 4, h, h, device=device), torch.randn(N, 77, width, device=device)
 
@@ -275,6 +282,8 @@ def no_grad(work: Callable[[], object]) -> Callable[[], object]:
 
 WORK = {"unet": unet, "train": train, "pictures": pictures, "vae_encode": vae_encode, "vae_decode": vae_decode}
 WORK |= {"sampling": sampling}
+NEEDS = {row: ("unet",) for row in ("unet", "train")} | {row: ("vae",) for row in ("vae_encode", "vae_decode")}
+NEEDS |= {row: ("unet", "vae", "text") for row in ("pictures", "sampling")}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -293,22 +302,30 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 def measure(case: Case, rounds: int) -> dict:
     """Seconds of each side in each round, their ratios, and the peak memory of each side."""
-    sides = case.sides()
-    works = {side: work_of(case, side) for side in sides}
-    for work in works.values():
-        work(), work()  # warms up; with --compile, compiles
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for k in range(rounds):
-        first = k % len(sides)
-        for side in sides[first:] + sides[:first]:  # each goes first as often as the others
-            times[side].append(seconds(works[side], case.device))
-    del works
+    times = time_in_turn(case, rounds)
     gc.collect()
-    result = asdict(case) | {"seconds": times, "memory_mb": {side: peak_memory(case, side) for side in sides}}
-    for side in sides[1:]:
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+    result = asdict(case) | {"seconds": times, "memory_mb": {side: peak_memory(case, side) for side in times}}
+    for side in case.sides()[1:]:
         ratios = [theirs / ours for theirs, ours in zip(times[side], times["ours"], strict=True)]
         result[side] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
     return result
+
+
+def time_in_turn(case: Case, rounds: int) -> dict[str, list[float]]:
+    """Seconds by side, after two turns for warming up (with --compile, for compiling)."""
+    torch._dynamo.reset()  # else what was compiled for earlier cases counts towards its limit, and it gives up silently
+    sides = case.sides()
+    works = {side: work_of(case, side) for side in sides}
+    for side in sides:
+        works[side](), works[side]()
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for k in range(rounds):
+        order = sides[k % len(sides) :] + sides[: k % len(sides)]
+        for side in order[:: 1 if k % 2 else -1]:  # first, last and behind each of the others in turn
+            times[side].append(seconds(works[side], case.device))
+    return times
 
 
 def work_of(case: Case, side: str) -> Callable[[], object]:
@@ -318,10 +335,14 @@ def work_of(case: Case, side: str) -> Callable[[], object]:
     return WORK[case.row](case, side)
 
 
-def peak_memory(case: Case, side: str) -> float:
-    """Peak of a process that does this side's work three times, in MB."""
+def peak_memory(case: Case, side: str) -> float | None:
+    """Peak of a process that does this side's work three times, in MB; None if it fails."""
     command = [sys.executable, "-m", "benchmarks.compare_diffusers", "--alone", side, json.dumps(asdict(case))]
-    return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1])
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        print(f"no memory of {side}: {ended.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    return float(ended.stdout.split()[-1])
 
 
 def alone(side: str, case: Case) -> float:
@@ -330,14 +351,20 @@ def alone(side: str, case: Case) -> float:
         work()
     if case.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # in bytes there, in KB elsewhere
+    # Not `resource.getrusage`: a child begins with its parent's peak there.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 
 
 def machine(device: str) -> dict:
     """What the figures were measured on."""
-    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
+        low = "with" if resolve_precision("auto", torch.device("cpu")) == torch.bfloat16 else "without"
+        name = f"{fields.get('model name', 'CPU')}, {torch.get_num_threads()} threads, {low} bfloat16"
     return {"device_name": name, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
@@ -350,10 +377,15 @@ def table(results: list[dict]) -> str:
     for result in results:
         ratios = [result.get(side) for side in SIDES[1:]]
         cells = [f"{r['median']:.2f}× ({r['least']:.2f}…{r['most']:.2f})" if r else "" for r in ratios]
-        memory = ", ".join(f"{result['memory_mb'][side]:.0f}" for side in SIDES[:3])
+        memory = ", ".join(f"{result['memory_mb'][side] or math.nan:.0f}" for side in SIDES[:3])
         how = result["dtype"] + ", compiled" * result["compile"]
         lines.append(f"| {' | '.join([result['row'], result['model'], how, *cells, memory])} |")
     return "\n".join(lines)
+
+
+def kept() -> list[dict]:
+    """What was measured until now."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
 
 
 def main() -> None:
@@ -364,19 +396,19 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
     parser.add_argument("--models", nargs="+", default=["quickstart", "pokemon"], choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="torch.compile ours and the tuned")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=8, choices=range(1, 1000), metavar="N")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-    device = choose_device(options.device).type
+    device = "cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    results = kept()
     choices = itertools.product(options.models, options.rows, options.dtypes)
     cases = [Case(row, model, dtype, device, options.compile) for model, row, dtype in choices]
     for case in [] if options.table else cases:
         result = measure(case, options.rounds) | machine(device)
-        same = ("row", "model", "dtype", "device", "compile")
-        results = [old for old in results if any(old[name] != result[name] for name in same)] + [result]
+        same = ("row", "model", "dtype", "device_name", "compile")
+        results = [old for old in kept() if any(old[name] != result[name] for name in same)] + [result]
         print(table([result]).splitlines()[-1], flush=True)
         with atomically(RESULTS) as file:
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

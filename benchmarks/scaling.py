@@ -5,10 +5,13 @@
     python -m benchmarks.scaling --table             # what was measured, as a table
 
 Four rows of numbers: images in the data set (the latents of up to 20,000 are made up on disk, in the files of the
-training cache), images in a batch, side of the images in pixels, and steps since the start. All values of a row are
-timed in turn, several rounds over. The share of the limit: the floating-point operations of a step, as PyTorch counts
-them, over the rate at which this machine multiplied two large matrices of the same type in the same run. Results go to
-scaling.json.
+training cache), images in a batch, side of the images in pixels, and steps since the start. All values of one of the
+first three are timed in turn, several rounds over. Memory is what the trainer of a value has added after two steps: on
+a CPU without the mapped files (Linux), on a GPU the peak. The optimizer is AdamW, and there is no average.
+
+The share of the limit: the floating-point operations of a step, as PyTorch counts them (not those of fused attention in
+float32 on a CPU), over the rate at which this machine multiplied two large matrices of the same type in the same run.
+Results go to scaling.json.
 """
 
 import argparse
@@ -18,15 +21,15 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare_diffusers import MODELS, Case, build, machine, seconds
 from noise_schedule import NoiseSchedule
-from stable_diffusion_model import StableDiffusion, choose_device
+from stable_diffusion_model import choose_device
 from train_stable_diffusion import draw_batch, train_step
 from training.captioned_latents import CaptionedLatents, memory_for_data
 from training.encoded_cache import EncodedCache, Rows, sha256
@@ -46,18 +49,15 @@ ROUNDS = 9
 
 
 class Trainer:
-    """A training run without its reports: `step` is what a step of `train_stable_diffusion.py` does to the weights."""
+    """Draws batches and takes steps as `train_stable_diffusion.py` does, and nothing else."""
 
     def __init__(self, model: str, device: torch.device, folder: Path, images: int, batch: int, side: int) -> None:
         shape, h = MODELS[model], side // 8
-        parts = build(Case("train", model, "float32"), "ours")
-        self.model = StableDiffusion(
-            parts.text_encoder, parts.unet.laid_out(device).train(), parts.vae, NoiseSchedule()
-        )
-        self.model.schedule.to(device)
+        self.unet = build(Case("train", model, "float32"), "ours").unet.laid_out(device).train()
+        self.model = SimpleNamespace(schedule=NoiseSchedule().to(device), vae=SimpleNamespace(scale_latents=_scaled))
         self.options = UNetOptions(batch_size=batch, mirror=False)
         self.precision, self.processes = resolve_precision("auto", device), Processes(0, 1, device)
-        self.optimizer = make_optimizer("adamw", self.model.unet, 1e-4, 1e-2)
+        self.optimizer = make_optimizer("adamw", self.unet, 1e-4, 1e-2)
         budget = memory_for_data(device)
         moments = made_up(folder, (1, 8, h, h), images, device, budget)
         contexts = made_up(folder, (77, shape.unet.context_dim), images + 1, device, budget - moments.nbytes)
@@ -66,7 +66,11 @@ class Trainer:
 
     def step(self) -> None:
         batch = draw_batch(self.data, self.indices, self.model, self.options, next(self.steps), self.processes)
-        train_step(self.model.unet, self.model.schedule, batch, self.optimizer, self.options, self.precision)
+        train_step(self.unet, self.model.schedule, batch, self.optimizer, self.options, self.precision)
+
+
+def _scaled(latents: torch.Tensor) -> torch.Tensor:
+    return latents * 0.18215
 
 
 def made_up(folder: Path, shape: tuple[int, ...], count: int, device: torch.device, budget: int) -> Rows:
@@ -104,6 +108,8 @@ def row(name: str, model: str, device: torch.device, folder: Path) -> list[dict]
         return list(along_a_run(Trainer(model, device, folder, **usual), device))
     results, trainers = [], []
     for value in ROWS[name]:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         before = memory(device)
         trainers.append(Trainer(model, device, folder, **usual | {name: value}))
         results.append({"value": value, "operations": operations(trainers[-1])})
@@ -118,7 +124,7 @@ def row(name: str, model: str, device: torch.device, folder: Path) -> list[dict]
 
 def along_a_run(trainer: Trainer, device: torch.device) -> Iterator[dict]:
     """One run, timed for some steps from each step of the row on."""
-    count, taken, before = operations(trainer), 0, memory(device)
+    before, count, taken = memory(device), operations(trainer), 1
     for value in ROWS["steps"]:
         while taken < value:
             trainer.step()
@@ -129,9 +135,11 @@ def along_a_run(trainer: Trainer, device: torch.device) -> Iterator[dict]:
 
 
 def memory(device: torch.device) -> float:
-    """What this process holds now, in MB."""
-    used = torch.cuda.memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
-    return used / 1e6
+    """What this process holds, in MB: on a CPU now and without mapped files, on a GPU at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("RssAnon:")[1].split()[0]) / 1e3
 
 
 def table(results: list[dict]) -> str:

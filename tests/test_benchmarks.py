@@ -104,21 +104,56 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("row", compare_diffusers.ROWS)
-def test_all_three_sides_do_the_same_work(row: str, dtype: str, tiny: None) -> None:
-    case, outputs = compare_diffusers.Case(row, "tiny", dtype), []
+def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same outputs; as many calls of the U-Net; a training step that moves the weights."""
+    case, outputs, calls, built = compare_diffusers.Case(row, "tiny", dtype), [], [], []
+    monkeypatch.setattr(compare_diffusers, "STEPS", 3)
+    build = compare_diffusers.build
+    monkeypatch.setattr(compare_diffusers, "build", lambda *args: built.append(build(*args)) or built[-1])
     for side in case.sides():
         work = compare_diffusers.work_of(case, side)
         torch.manual_seed(1)
+        weights, count = built[-1].unet and built[-1].unet.conv_in.weight.detach().clone(), []
+        hook = built[-1].unet and built[-1].unet.register_forward_hook(lambda *_, count=count: count.append(1))
         outputs.append(work())
+        calls.append(len(count))
+        if hook:
+            hook.remove()
+            assert torch.equal(built[-1].unet.conv_in.weight, weights) == (row not in ("train", "pictures"))
+    assert set(calls) == {{"unet": 1, "train": 1, "pictures": 1, "sampling": 3}.get(row, 0)}
     if row in ("unet", "vae_decode"):
         ours, *theirs = outputs[0], *(output.sample for output in outputs[1:])
     elif row == "vae_encode":
         ours, *theirs = outputs[0].mean, *(output.latent_dist.mean for output in outputs[1:])
     else:
         return  # each side draws its own noise
-    tolerance = 2e-5 if dtype == "float32" else 0.03
+    tolerance = 2e-5 if dtype == "float32" else 0.06
     for output in theirs:
         assert ((ours - output).norm() / ours.norm()).item() < tolerance
+
+
+def test_memory_is_that_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = torch.ones(300_000_000)  # 1.2 GB that the other process must not begin with
+    case = compare_diffusers.Case("vae_decode", "quickstart", "float32")
+    assert 200 < compare_diffusers.peak_memory(case, "ours") < 1200
+    assert compare_diffusers.peak_memory(dataclasses.replace(case, model="none"), "ours") is None
+    assert held[0] == 1
+
+
+def test_results_are_kept_one_for_each_case_and_machine(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "results.json"
+    monkeypatch.setattr(compare_diffusers, "RESULTS", file)
+    monkeypatch.setattr(compare_diffusers, "peak_memory", lambda case, side: None)
+    argv = ["compare", "--models", "tiny", "--rows", "vae_decode", "--dtypes", "float32", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", argv)
+    compare_diffusers.main()
+    (result,) = json.loads(file.read_text())
+    file.write_text(json.dumps([result, result | {"device_name": "another"}]))
+    compare_diffusers.main()
+    assert [kept["device_name"] for kept in json.loads(file.read_text())] == ["another", result["device_name"]]
+    assert "| vae_decode | tiny | float32 |" in capsys.readouterr().out
 
 
 def test_a_comparison_is_measured_in_turn_and_shown(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +171,14 @@ def test_a_comparison_is_measured_in_turn_and_shown(tiny: None, monkeypatch: pyt
     monkeypatch.setattr(compare_diffusers, "seconds", seconds)
     monkeypatch.setattr(compare_diffusers, "peak_memory", lambda case, side: 100 * cost[side])
     result = compare_diffusers.measure(compare_diffusers.Case("unet", "tiny", "float32"), 3)
-    assert calls[6:] == "ours documented tuned documented tuned ours tuned ours documented".split()
+    assert calls[6:] == "tuned documented ours documented tuned ours documented ours tuned".split()
     assert result["documented"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     last = compare_diffusers.table([result]).splitlines()[-1]
     assert last == "| unet | tiny | float32 | 2.00× (2.00…2.00) | 1.50× (1.50…1.50) |  | 100, 200, 150 |"
 
 
 def test_scaling_measures_every_value_of_a_row(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "ROWS", {"images": [5, 9], "batch": [2, 4], "steps": [1, 3]})
+    monkeypatch.setattr(scaling, "ROWS", {"images": [5, 9], "batch": [2, 4], "side": [64, 128], "steps": [1, 3]})
     monkeypatch.setattr(scaling, "ROUNDS", 2)
     cpu = torch.device("cpu")
     for name, values in scaling.ROWS.items():
@@ -151,7 +186,7 @@ def test_scaling_measures_every_value_of_a_row(tiny: None, tmp_path: Path, monke
         assert [result["value"] for result in measured] == values
         assert all(len(result["seconds"]) == 2 and min(result["seconds"]) > 0 for result in measured)
         work = [result["operations"] for result in measured]
-        assert work[1] == work[0] * (2 if name == "batch" else 1) > 1e6
+        assert {"batch": 1.99, "side": 2.5}.get(name, 0.99) * work[0] < work[1] < 5 * work[0]
     assert scaling.matrix_rate(cpu, torch.float32) > 1e8
 
 

@@ -84,7 +84,7 @@ FAULTS = [
     Fault("half of the samples called copies", "evaluate_stable_diffusion.py", "baseline.quantile(0.01)", "baseline.quantile(0.9)", COPIES + "[False]"),
     Fault("mirrored copies not found", "evaluate_stable_diffusion.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", COPIES + "[False]"),
     # Attention
-    Fault("attention not scaled where it is spelled out", "diffusion_model.py", " * q.shape[-1] ** -0.5", "", "test_unet.py::test_attention_and_its_gradients_are_those_of_pytorch[dtype1-77]"),
+    Fault("attention not scaled where it is spelled out", "diffusion_model.py", "(q * q.shape[-1] ** -0.5) @ k.mT", "q @ k.mT", "test_unet.py::test_attention_and_its_gradients_are_those_of_pytorch[dtype1-77]"),
     # Resuming
     Fault("metrics not forgotten on resume", FOLDER, 'if int(row["step"]) <= step]', "]", KILLED + "[row-5]"),
     Fault("losses of the open interval forgotten", REPORTER, 'state.get("recent", [])', "[]", KILLED + "[checkpoint-2]"),

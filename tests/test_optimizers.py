@@ -135,6 +135,21 @@ def test_a_resumed_optimizer_goes_on_with_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_run_goes_on_in_another_memory_layout(name: str) -> None:
+    """As when it was begun on a GPU: moments that lie otherwise in memory than their parameters belong to the same."""
+    whole, parted = twins()
+    optimizer = make_optimizer(name, whole, 1e-2, 0.1)
+    train(whole, optimizer, 6)
+    first = make_optimizer(name, parted.to(memory_format=torch.channels_last), 1e-2, 0.1)
+    train(parted, first, 3)
+    second = make_optimizer(name, parted.to(memory_format=torch.contiguous_format), 1e-2, 0.1)
+    load_optimizer(second, first.state_dict())
+    train(parted, second, 3, first=3)
+    for a, b in zip(whole.parameters(), parted.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_it_learns(name: str) -> None:
     network, _ = twins()
     losses = train(network, make_optimizer(name, network, 1e-2, 0.0), 60)

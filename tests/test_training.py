@@ -23,7 +23,7 @@ from tests.tiny import tiny_model, tiny_parts, tiny_text_encoder, tiny_unet, tin
 from train_stable_diffusion import Batch, Options, diffusion_loss, train_step, validation_loss
 from training.captioned_latents import split_images
 from training.options import parse_options
-from training.presets import PRESETS, VAEOptions
+from training.presets import PARTS, PRESETS, VAEOptions
 from training.reproducible import (
     EMA,
     Processes,
@@ -735,10 +735,10 @@ def test_options_from_preset_file_and_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_begins_as_it_says(preset: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_begins_as_it_says(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options fit together, and what it lacks here is asked for in a sentence that says what to do."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("published.weight_files._hub_folder", lambda *_: (_ for _ in ()).throw(LookupError("offline")))
     options = parse_options(Options, ["--preset", preset], PRESETS, "pokemon")
     assert options.batch_size % options.gradient_accumulation == 0 and options.resolution % 8 == 0
     if options.pretrained:  # brings its own shape
@@ -750,6 +750,7 @@ def test_a_preset_begins_as_it_says(preset: str, parts: Path, tmp_path: Path, mo
         model = script.build_model(options)
         assert model.unet.config.block_out_channels == tuple(options.block_out_channels)
         return
+    assert Path(PARTS[preset]["vae"]).is_file() == (preset in ("turquoise", "pokemon_cpu"))
     said = "--preset monsters" if preset == "turquoise" else "or take what ships: --vae"
     with pytest.raises(UserError, match=said):
         script.main(["--preset", preset, *small])

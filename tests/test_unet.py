@@ -49,6 +49,12 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+def test_on_a_cpu_it_is_laid_out_contiguous() -> None:
+    unet = tiny_unet().to(memory_format=torch.channels_last)
+    assert not unet.conv_in.weight.is_contiguous()
+    assert unet.laid_out("cpu") is unet and all(weight.is_contiguous() for weight in unet.parameters())
+
+
 @pytest.mark.parametrize("length", [3, 77, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_and_its_gradients_are_those_of_pytorch(dtype: torch.dtype, length: int) -> None:
@@ -57,7 +63,7 @@ def test_attention_and_its_gradients_are_those_of_pytorch(dtype: torch.dtype, le
     inputs = [torch.randn(2, 4, n, 8, dtype=dtype, requires_grad=True) for n in (50, length, length)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     ours, expected = attend(*inputs), torch.nn.functional.scaled_dot_product_attention(*exact)
-    direction = torch.randn_like(expected)
+    direction = torch.randn_like(expected)  # of the loss in the output
     gradients = torch.autograd.grad((ours * direction).sum(), inputs)
     tolerance = 2e-6 if dtype == torch.float32 else 0.01
     assert ours.dtype == dtype and relative_error(ours.double(), expected) < tolerance

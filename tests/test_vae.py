@@ -87,6 +87,18 @@ def test_missing_files_say_so(tmp_path, load) -> None:
         load(tmp_path / "vae_model.pth")
 
 
+def test_feature_maps_are_channels_last_on_a_cpu_and_weights_and_outputs_as_files_want_them() -> None:
+    vae, seen = tiny_vae(), []
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+            module.register_forward_hook(
+                lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+            )
+    images = vae.decode(vae.encode(torch.randn(2, 3, 32, 32)).mean)
+    assert len(seen) > 10 and all(seen) and images.is_contiguous()
+    assert all(tensor.is_contiguous() for tensor in vae.state_dict().values())
+
+
 def test_other_files_are_refused_in_a_sentence_that_says_what_reads_them(tmp_path) -> None:
     tiny_vae().save(tmp_path / "vae_model.pth")
     whole = (tmp_path / "vae_model.pth").read_bytes()

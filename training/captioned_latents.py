@@ -177,6 +177,7 @@ def _encode_images(
     distinct = list(index_of)
     at_once = PIXELS_AT_ONCE.get(device.type, PIXELS_AT_ONCE["cuda"])
     batch_size = min(max(at_once // resolution**2, 1), 64)
+    vae.encoder.to(memory_format=torch.channels_last)
 
     def load(batch: list[int]) -> Tensor:
         pixels = torch.zeros(batch_size, 3, resolution, resolution)
@@ -194,7 +195,7 @@ def _encode_images(
         return pixels
 
     def encode(pixels: Tensor) -> Tensor:
-        pixels = pixels.to(device)
+        pixels = pixels.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
             # The mirror of a latent is not the latent of the mirror.
             views = (pixels, pixels.flip(-1)) if mirror else (pixels,)

@@ -232,11 +232,19 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Takes up moments and step counts; rates and weight decay stay as the options have them now."""
+    """Takes up moments and step counts; rates and weight decay stay as the options have them now.
+
+    Moments come to lie in memory as their parameters do, which may be another way than where the run was begun: fused
+    kernels walk through both side by side without a look at strides.
+    """
     options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, options, strict=True):
         group.update(values)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
