@@ -14,7 +14,7 @@ Letters in the shape comments:
 """
 
 from training.options import answer_early, parse_options
-from training.presets import HINTS, PARTS, PRESETS, WITHOUT_HUB
+from training.presets import PARTS, PRESETS, what_to_do
 from training.presets import UNetOptions as Options
 
 if __name__ == "__main__":
@@ -69,7 +69,7 @@ from vae_model import DiagonalGaussian
 def build_model(options: Options) -> StableDiffusion:
     """The model to train: a pretrained one, or a fresh U-Net between a VAE and a text encoder."""
     name = Path(options.output_dir).name
-    with user_errors(hint=HINTS.get(options.preset, WITHOUT_HUB)):
+    with user_errors(hint=what_to_do(options)):
         if options.pretrained:
             model = StableDiffusion.from_pretrained(options.pretrained, device="cpu")
             vae = load_vae(options.vae, "--vae") if options.vae else model.vae

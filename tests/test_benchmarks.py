@@ -51,7 +51,9 @@ def test_a_change_to_the_batch_changes_one_thing_the_same_way_every_time(
 
 def test_the_table_has_means_and_ranges_over_the_seeds() -> None:
     same = {"steps": 700, "on_white_in_the_colour": 1.0, "validation_loss": 0.09}
+    same |= {"recipe": quickstart.recipe("preset")}
     results = [{"row": "preset", "seed": seed, "r_precision": r} | same for seed, r in enumerate((0.5, 0.6, 0.7))]
+    results.append(results[0] | {"r_precision": 0.0, "recipe": {}})  # of another preset
     last = quickstart.table(results).splitlines()[-1]
     assert last == "| preset |  | 700 | 3 | 60% (50%…70%) | 100% | 0.0900 |"
 

@@ -103,7 +103,7 @@ PRESETS: dict[str, dict] = {
         "final_samples": 32,
         "wandb": "off",
     },
-    # What the quickstart's model learns in three more minutes: a colour that it has never seen, nor its name.
+    # What the quickstart's model learns in a few more minutes: a colour that it has never seen, nor its name.
     "turquoise": _TWO_CORES
     | {
         "pretrained": "stable_diffusion_results/my_monsters/model",
@@ -166,7 +166,13 @@ WITHOUT_HUB = (
     f"--pretrained {_HERE / 'stable_diffusion_results' / 'monsters' / 'model'}."
 )
 
-HINTS = {"turquoise": "; train it first, in eight minutes: --preset monsters."}  # where a model is missing
+
+def what_to_do(options: UNetOptions) -> str:
+    """How an error about a missing model ends."""
+    quickstart = PRESETS["turquoise"]["pretrained"]
+    if options.pretrained == quickstart and not Path(quickstart).exists():
+        return "; train it first: --preset monsters."
+    return WITHOUT_HUB
 
 
 @dataclass
