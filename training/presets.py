@@ -107,11 +107,11 @@ PRESETS: dict[str, dict] = {
     "turquoise": _TWO_CORES
     | {
         "pretrained": "stable_diffusion_results/my_monsters/model",
-        "dataset": "monsters:300:turquoise",
+        "dataset": "monsters:400:turquoise",
         "mirror": False,
         "output_dir": "stable_diffusion_results/my_turquoise",
         "max_steps": 150,
-        "learning_rate": 2e-3,
+        "learning_rate": 1.5e-3,
         "warmup_steps": 10,
         "ema_decay": 0.95,
         "validate_every": 75,
