@@ -141,7 +141,7 @@ def table(results: list[dict]) -> str:
 
     lines = ["| row | options | steps | seeds | R-precision | colour | validation loss |", "| --- " * 7 + "|"]
     for row in ROWS:
-        of_row = [result for result in results if result["row"] == row and result["recipe"] == recipe(row)]
+        of_row = [result for result in results if result["row"] == row and result.get("recipe") == recipe(row)]
         if of_row:
             changes = ROWS[row]
             options = " ".join(changes) if isinstance(changes, list) else f"`{changes.__name__}`, tried here only"
