@@ -126,7 +126,7 @@ PRESETS: dict[str, dict] = {
     | {
         "output_dir": "stable_diffusion_results/pokemon_cpu",
         "block_out_channels": [48, 96, 144],
-        "max_steps": 4500,
+        "max_steps": 3500,
         "learning_rate": 4e-3,
         "warmup_steps": 100,
         "ema_decay": 0.998,
