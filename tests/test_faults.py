@@ -85,6 +85,10 @@ FAULTS = [
     Fault("mirrored copies not found", "evaluate_stable_diffusion.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", COPIES + "[False]"),
     # Attention
     Fault("attention not scaled where it is spelled out", "diffusion_model.py", "(q * q.shape[-1] ** -0.5) @ k.mT", "q @ k.mT", "test_unet.py::test_attention_and_its_gradients_are_those_of_pytorch[dtype1-77]"),
+    # Memory layout
+    Fault("CPUs train channels-last", "diffusion_model.py", 'channels_last = torch.device(device).type == "cuda"', 'channels_last = torch.device(device).type != "cuda"', "test_unet.py::test_on_a_cpu_it_is_laid_out_contiguous"),
+    Fault("VAE contiguous on CPUs", "vae_model.py", 'if x.device.type == "cpu" else x', 'if x.device.type == "cuda" else x', "test_vae.py::test_feature_maps_are_channels_last_on_a_cpu_and_weights_and_outputs_as_files_want_them"),
+    Fault("moments stay as they lay", REPRODUCIBLE, "torch.empty_like(parameter, dtype=value.dtype).copy_(value)", "value", "test_optimizers.py::test_a_run_goes_on_in_another_memory_layout[adamw]"),
     # Resuming
     Fault("metrics not forgotten on resume", FOLDER, 'if int(row["step"]) <= step]', "]", KILLED + "[row-5]"),
     Fault("losses of the open interval forgotten", REPORTER, 'state.get("recent", [])', "[]", KILLED + "[checkpoint-2]"),
