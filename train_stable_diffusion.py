@@ -81,21 +81,26 @@ def build_model(options: Options) -> StableDiffusion:
         parts = PARTS[options.preset]
         text_encoder = load_text_encoder(options.text_encoder or parts["text_encoder"], "--text_encoder")
         vae = load_vae(options.vae or parts["vae"], "--vae")
-        heads = options.num_attention_heads
-        config = UNetConfig(
-            in_channels=vae.config.latent_channels,
-            out_channels=vae.config.latent_channels,
-            block_out_channels=tuple(options.block_out_channels),
-            layers_per_block=options.layers_per_block,
-            attention_levels=tuple(bool(a) for a in options.attention_levels),
-            num_attention_heads=heads[0] if len(heads) == 1 else tuple(heads),
-            context_dim=text_encoder.width,
-            norm_num_groups=options.norm_num_groups,
-        )
+        config = unet_config(options, vae.config.latent_channels, text_encoder.width)
         schedule = NoiseSchedule(
             prediction_type=options.prediction_type or "epsilon", zero_terminal_snr=options.zero_terminal_snr
         )
         return StableDiffusion(text_encoder, UNet(config), vae, schedule, name=name)
+
+
+def unet_config(options: Options, latent_channels: int, context_dim: int) -> UNetConfig:
+    """The shape of the U-Net that the options ask for, between a VAE and a text encoder."""
+    heads = options.num_attention_heads
+    return UNetConfig(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=tuple(options.block_out_channels),
+        layers_per_block=options.layers_per_block,
+        attention_levels=tuple(bool(a) for a in options.attention_levels),
+        num_attention_heads=heads[0] if len(heads) == 1 else tuple(heads),
+        context_dim=context_dim,
+        norm_num_groups=options.norm_num_groups,
+    )
 
 
 def check_objective(options: Options, schedule: NoiseSchedule) -> None:

@@ -19,142 +19,26 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL as TheirVAE
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from diffusers import UNet2DConditionModel as TheirUNet
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusion_model import UNet, UNetConfig
+from benchmarks.contestants import MODELS, ROOT, SIDES, Case, Training, build
+from benchmarks.measuring import keep, kept, machine, seconds
 from noise_schedule import NoiseSchedule
-from published import load_text_encoder, unet_dict, vae_dict
 from stable_diffusion_model import StableDiffusion
-from text_encoder import TextEncoder
-from train_stable_diffusion import draw_batch, train_step
-from training.captioned_latents import CaptionedLatents
-from training.optimizers import make_optimizer
-from training.presets import PRESETS, UNetOptions
-from training.reproducible import Processes, resolve_precision
-from training.run_folder import atomically
-from vae_model import VAE, VAEConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_suffix(".json")
-SIDES = ("ours", "documented", "tuned", "documented in float32")
 ROWS = ("unet", "train", "pictures", "vae_encode", "vae_decode", "sampling")
 STEPS = 20  # of sampling
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The models
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Model:
-    """What a model is made of, and at which sizes it is timed."""
-
-    unet: UNetConfig
-    vae: VAEConfig
-    text: str  # "shipped", or "published": CLIP ViT-L's shape with random weights
-    side: int  # of the images, in pixels: sampling, and the VAE
-    train_side: int
-    batch: int
-
-
-def preset_unet(name: str, context_dim: int) -> UNetConfig:
-    options = UNetOptions(**PRESETS[name])
-    heads = options.num_attention_heads
-    return UNetConfig(
-        block_out_channels=tuple(options.block_out_channels),
-        layers_per_block=options.layers_per_block,
-        attention_levels=tuple(options.attention_levels),
-        num_attention_heads=heads[0] if len(heads) == 1 else tuple(heads),
-        context_dim=context_dim,
-        norm_num_groups=options.norm_num_groups,
-    )
-
-
-SMALL_VAE = VAEConfig(block_out_channels=(32, 64, 128, 128), norm_num_groups=8)
-MODELS = {
-    "quickstart": Model(preset_unet("monsters", 192), SMALL_VAE, "shipped", 128, 128, 64),
-    "pokemon": Model(preset_unet("pokemon", 768), SMALL_VAE, "published", 512, 256, 4),
-    "sd15": Model(UNetConfig(), VAEConfig(), "published", 512, 256, 1),
-}
-
-
-@dataclass
-class Side:
-    """The networks of one side, with the same random weights as the others'."""
-
-    unet: nn.Module | None
-    vae: nn.Module | None
-    text_encoder: TextEncoder | None
-
-
-def build(case: "Case", side: str) -> Side:
-    """The networks that a row needs, on its device and in its dtype; the others are left out, as None."""
-    model, needs = MODELS[case.model], NEEDS[case.row]
-    torch.manual_seed(0)
-    unet = UNet(model.unet).eval() if "unet" in needs else None
-    vae = VAE(model.vae).eval() if "vae" in needs else None
-    clip = load_text_encoder(ROOT / "stable_diffusion_results" / "clip") if "text" in needs else None
-    if clip and model.text == "published":  # the tokenizer's words matter to no timing
-        shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        tokens = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-        clip = TextEncoder(clip.tokenizer, CLIPTextModel(CLIPTextConfig(**shape, **tokens)))
-    for parameter in unet.parameters() if unet else ():  # undoes the zeros at the start
-        if parameter.ndim > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    if side != "ours":
-        unet = as_theirs(TheirUNet, unet_dict(model.unet), unet) if unet else None
-        vae = as_theirs(TheirVAE, vae_dict(model.vae), vae) if vae else None
-    training = case.row in ("train", "pictures")
-    if side == "tuned":  # training on a CPU is faster contiguous, see `UNet.laid_out`
-        contiguous = training and case.device == "cpu"
-        layout = torch.contiguous_format if contiguous else torch.channels_last
-        unet, vae = (part and part.to(memory_format=layout) for part in (unet, vae))
-    dtype = torch.float32 if training else case.torch_dtype
-    unet, vae = (part and part.to(case.device, dtype) for part in (unet, vae))
-    return Side(unet, vae, clip)
-
-
-def as_theirs(kind: type, config: dict, ours: nn.Module) -> nn.Module:
-    """diffusers' network of that config, with our network's very tensors."""
-    with torch.device("meta"):
-        theirs = kind(**{name: value for name, value in config.items() if not name.startswith("_")})
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    return theirs.eval().requires_grad_()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The rows: each gives the work of one side, to be called again and again
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Case:
-    row: str
-    model: str
-    dtype: str
-    device: str = "cpu"
-    compile: bool = False
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    def sides(self) -> tuple[str, ...]:
-        return SIDES if self.dtype != "float32" else SIDES[:3]
 
 
 def compiled(network: nn.Module, case: Case, side: str) -> nn.Module:
@@ -228,23 +112,10 @@ def pictures(case: Case, side: str) -> Callable[[], object]:
 def training(case: Case, side: str, cached: bool) -> Callable[[], object]:
     model, parts, device = MODELS[case.model], build(case, side), torch.device(case.device)
     N, h, width = model.batch, model.train_side // 8, model.unet.context_dim
-    ids = torch.randint(2, 100, (N, 77), device=device)
     if side == "ours":
-        options = UNetOptions(batch_size=N, min_snr_gamma=0.0, mirror=False)
-        schedule, unet = NoiseSchedule().to(device), parts.unet.laid_out(device).train()
-        network, optimizer = compiled(unet, case, side), make_optimizer("adamw", unet, 1e-4, 1e-2)
-        # What a step asks of the model: its schedule and its latents' scale. VAE and CLIP have done their work.
-        ours = SimpleNamespace(schedule=schedule, vae=SimpleNamespace(scale_latents=lambda latents: latents * 0.18215))
         moments = torch.randn(8 * N, 1, 8, h, h, device=device, dtype=torch.float16)
         contexts = torch.randn(8 * N + 1, 77, width, device=device, dtype=torch.float16)
-        data = CaptionedLatents(moments, contexts, torch.arange(1, 8 * N + 1, device=device), [])
-        indices, steps = torch.arange(8 * N, device=device), iter(range(10**9))
-
-        def step() -> None:
-            batch = draw_batch(data, indices, ours, options, next(steps), Processes(0, 1, device))
-            train_step(network, schedule, batch, optimizer, options, case.torch_dtype)
-
-        return step
+        return Training(parts.unet, moments, contexts, N, case.torch_dtype, case.compile).step
 
     parameters = list(parts.unet.train().parameters())
     network = compiled(parts.unet, case, side)
@@ -254,6 +125,7 @@ def training(case: Case, side: str, cached: bool) -> Callable[[], object]:
     if not cached:  # accelerate's mixed precision: the frozen networks in the low one, the U-Net under autocast
         vae, text = (part.to(device, case.torch_dtype) for part in (parts.vae, parts.text_encoder.model))
         pixels = torch.randn(N, 3, model.train_side, model.train_side, device=device, dtype=case.torch_dtype)
+    ids = torch.randint(2, 100, (N, 77), device=device)
     latents, context = torch.randn(N, 4, h, h, device=device), torch.randn(N, 77, width, device=device)
 
     def their_step() -> None:
@@ -282,22 +154,10 @@ def no_grad(work: Callable[[], object]) -> Callable[[], object]:
 
 WORK = {"unet": unet, "train": train, "pictures": pictures, "vae_encode": vae_encode, "vae_decode": vae_decode}
 WORK |= {"sampling": sampling}
-NEEDS = {row: ("unet",) for row in ("unet", "train")} | {row: ("vae",) for row in ("vae_encode", "vae_decode")}
-NEEDS |= {row: ("unet", "vae", "text") for row in ("pictures", "sampling")}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(case: Case, rounds: int) -> dict:
@@ -356,18 +216,6 @@ def alone(side: str, case: Case) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 
 
-def machine(device: str) -> dict:
-    """What the figures were measured on."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
-        low = "with" if resolve_precision("auto", torch.device("cpu")) == torch.bfloat16 else "without"
-        name = f"{fields.get('model name', 'CPU')}, {torch.get_num_threads()} threads, {low} bfloat16"
-    return {"device_name": name, "torch": torch.__version__, "diffusers": diffusers.__version__}
-
-
 def table(results: list[dict]) -> str:
     """Markdown, a row for each case."""
     head = (
@@ -381,11 +229,6 @@ def table(results: list[dict]) -> str:
         how = result["dtype"] + ", compiled" * result["compile"]
         lines.append(f"| {' | '.join([result['row'], result['model'], how, *cells, memory])} |")
     return "\n".join(lines)
-
-
-def kept() -> list[dict]:
-    """What was measured until now."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
 
 
 def main() -> None:
@@ -402,17 +245,15 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     options = parser.parse_args()
     device = "cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    results = kept()
     choices = itertools.product(options.models, options.rows, options.dtypes)
     cases = [Case(row, model, dtype, device, options.compile) for model, row, dtype in choices]
     for case in [] if options.table else cases:
         result = measure(case, options.rounds) | machine(device)
-        same = ("row", "model", "dtype", "device_name", "compile")
-        results = [old for old in kept() if any(old[name] != result[name] for name in same)] + [result]
+        keep(RESULTS, [result], ("row", "model", "dtype", "device_name", "compile"))
         print(table([result]).splitlines()[-1], flush=True)
-        with atomically(RESULTS) as file:
-            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
+    results = kept(RESULTS)
+    for name in dict.fromkeys(result["device_name"] for result in results):
+        print(f"{name}:\n" + table([result for result in results if result["device_name"] == name]))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 import train_stable_diffusion
+from benchmarks.measuring import keep, kept, machine
 from train_stable_diffusion import Batch, draw_batch
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
 from training.reproducible import generator_for
-from training.run_folder import atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_suffix(".json")
@@ -163,7 +163,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
     with tempfile.TemporaryDirectory() as temporary:
         for row in [] if options.table else options.rows:
             folder, steps = Path(temporary) / "run", PRESETS["monsters"]["max_steps"]
@@ -172,11 +171,12 @@ def main() -> None:
                 share = sum(b for _, b in speeds) / sum(a for a, _ in speeds)
                 steps = round(steps * share * batch_size_of("preset") / batch_size_of(row))
             for seed in options.seeds:
-                results.append(measure(row, seed, steps, folder))
-                print(json.dumps(results[-1]), flush=True)
-                with atomically(RESULTS) as file:
-                    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
+                result = measure(row, seed, steps, folder) | machine("cpu")
+                keep(RESULTS, [result], ("row", "seed", "recipe", "device_name"))
+                print(json.dumps(result), flush=True)
+    results = kept(RESULTS)
+    for name in dict.fromkeys(result["device_name"] for result in results):
+        print(f"{name}:\n" + table([result for result in results if result["device_name"] == name]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Four rows of numbers: images in the data set (the latents of up to 20,000 are made up on disk, in the files of the
 training cache), images in a batch, side of the images in pixels, and steps since the start. All values of one of the
-first three are timed in turn, several rounds over. Memory is what the trainer of a value has added after two steps: on
+first three are timed in turn, several rounds over. Memory is what the run of a value has added after two steps: on
 a CPU without the mapped files (Linux), on a GPU the peak. The optimizer is AdamW, and there is no average.
 
 The share of the limit: the floating-point operations of a step, as PyTorch counts them (not those of fused attention in
@@ -15,28 +15,21 @@ Results go to scaling.json.
 """
 
 import argparse
-import itertools
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.compare_diffusers import MODELS, Case, build, machine, seconds
-from noise_schedule import NoiseSchedule
+from benchmarks.contestants import MODELS, Case, Training, build
+from benchmarks.measuring import keep, kept, machine, seconds
 from stable_diffusion_model import choose_device
-from train_stable_diffusion import draw_batch, train_step
-from training.captioned_latents import CaptionedLatents, memory_for_data
+from training.captioned_latents import memory_for_data
 from training.encoded_cache import EncodedCache, Rows, sha256
-from training.optimizers import make_optimizer
-from training.presets import UNetOptions
-from training.reproducible import Processes, resolve_precision
-from training.run_folder import atomically
+from training.reproducible import resolve_precision
 
 RESULTS = Path(__file__).with_suffix(".json")
 ROWS = {
@@ -48,29 +41,13 @@ ROWS = {
 ROUNDS = 9
 
 
-class Trainer:
-    """Draws batches and takes steps as `train_stable_diffusion.py` does, and nothing else."""
-
-    def __init__(self, model: str, device: torch.device, folder: Path, images: int, batch: int, side: int) -> None:
-        shape, h = MODELS[model], side // 8
-        self.unet = build(Case("train", model, "float32"), "ours").unet.laid_out(device).train()
-        self.model = SimpleNamespace(schedule=NoiseSchedule().to(device), vae=SimpleNamespace(scale_latents=_scaled))
-        self.options = UNetOptions(batch_size=batch, mirror=False)
-        self.precision, self.processes = resolve_precision("auto", device), Processes(0, 1, device)
-        self.optimizer = make_optimizer("adamw", self.unet, 1e-4, 1e-2)
-        budget = memory_for_data(device)
-        moments = made_up(folder, (1, 8, h, h), images, device, budget)
-        contexts = made_up(folder, (77, shape.unet.context_dim), images + 1, device, budget - moments.nbytes)
-        self.data = CaptionedLatents(moments, contexts, torch.arange(1, images + 1, device=device), [])
-        self.indices, self.steps = torch.arange(images, device=device), itertools.count()
-
-    def step(self) -> None:
-        batch = draw_batch(self.data, self.indices, self.model, self.options, next(self.steps), self.processes)
-        train_step(self.unet, self.model.schedule, batch, self.optimizer, self.options, self.precision)
-
-
-def _scaled(latents: torch.Tensor) -> torch.Tensor:
-    return latents * 0.18215
+def training(model: str, device: torch.device, folder: Path, images: int, batch: int, side: int) -> Training:
+    """A run on made-up images of that many pixels a side."""
+    h, budget = side // 8, memory_for_data(device)
+    unet = build(Case("train", model, "float32", device.type), "ours").unet
+    moments = made_up(folder, (1, 8, h, h), images, device, budget)
+    contexts = made_up(folder, (77, unet.config.context_dim), images + 1, device, budget - moments.nbytes)
+    return Training(unet, moments, contexts, batch, resolve_precision("auto", device))
 
 
 def made_up(folder: Path, shape: tuple[int, ...], count: int, device: torch.device, budget: int) -> Rows:
@@ -93,7 +70,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ b, device.type) for _ in range(5))
 
 
-def operations(trainer: Trainer) -> int:
+def operations(trainer: Training) -> int:
     """Of one step, counted (matrix products and convolutions)."""
     with FlopCounterMode(display=False) as counter:
         trainer.step()
@@ -105,13 +82,13 @@ def row(name: str, model: str, device: torch.device, folder: Path) -> list[dict]
     shape = MODELS[model]
     usual = {"images": 500, "batch": shape.batch, "side": shape.train_side}
     if name == "steps":
-        return list(along_a_run(Trainer(model, device, folder, **usual), device))
+        return list(along_a_run(training(model, device, folder, **usual), device))
     results, trainers = [], []
     for value in ROWS[name]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = memory(device)
-        trainers.append(Trainer(model, device, folder, **usual | {name: value}))
+        trainers.append(training(model, device, folder, **usual | {name: value}))
         results.append({"value": value, "operations": operations(trainers[-1])})
         trainers[-1].step()
         results[-1]["memory_mb"] = memory(device) - before
@@ -122,7 +99,7 @@ def row(name: str, model: str, device: torch.device, folder: Path) -> list[dict]
     return [result | {"seconds": values} for result, values in zip(results, times, strict=True)]
 
 
-def along_a_run(trainer: Trainer, device: torch.device) -> Iterator[dict]:
+def along_a_run(trainer: Training, device: torch.device) -> Iterator[dict]:
     """One run, timed for some steps from each step of the row on."""
     before, count, taken = memory(device), operations(trainer), 1
     for value in ROWS["steps"]:
@@ -163,17 +140,17 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     options = parser.parse_args()
     device = choose_device(options.device)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
         for name in [] if options.table else options.rows:
             rate = matrix_rate(device, resolve_precision("auto", device))
             about = {"row": name, "model": options.model, "rate": rate} | machine(device.type)
             measured = [about | result for result in row(name, options.model, device, Path(folder))]
-            results = [old for old in results if (old["row"], old["model"]) != (name, options.model)] + measured
-            with atomically(RESULTS) as file:
-                file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for model in dict.fromkeys(result["model"] for result in results):
-        print(f"{model}:\n" + table([result for result in results if result["model"] == model]))
+            keep(RESULTS, measured, ("row", "model", "device_name"))
+    groups: dict[tuple, list[dict]] = {}
+    for result in kept(RESULTS):
+        groups.setdefault((result["model"], result["device_name"]), []).append(result)
+    for (model, name), results in groups.items():
+        print(f"{model} on {name}:\n" + table(results))
 
 
 if __name__ == "__main__":

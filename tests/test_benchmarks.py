@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare_diffusers, quickstart, scaling
-from diffusion_model import UNetConfig
+from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling
+from tests.tiny import tiny_unet, tiny_vae
 from train_stable_diffusion import Batch
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
-from vae_model import VAEConfig
 
 
 def test_every_row_differs_from_the_preset_in_what_it_names() -> None:
@@ -82,21 +81,7 @@ def test_a_row_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert kept[0]["validation_loss"] == 0.1 and quickstart.speed_of("preset", tmp_path / "run") == 40
 
 
-TINY = compare_diffusers.Model(
-    UNetConfig(
-        block_out_channels=(8, 16),
-        attention_levels=(False, True),
-        layers_per_block=1,
-        num_attention_heads=2,
-        context_dim=192,
-        norm_num_groups=4,
-    ),
-    VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
-    "shipped",
-    side=64,
-    train_side=64,
-    batch=2,
-)
+TINY = contestants.Model(tiny_unet(192).config, tiny_vae().config, "shipped", side=64, train_side=64, batch=2)
 
 
 @pytest.fixture
@@ -200,3 +185,11 @@ def test_the_table_of_scaling_is_relative_to_the_first_value() -> None:
         "| images | 500 | 1.00× | +4 | 50% |",
         "| images | 20,000 | 1.10× | +6 | 45% |",
     ]
+
+
+def test_results_of_other_machines_are_kept(tmp_path: Path) -> None:
+    file, same = tmp_path / "results.json", ("row", "device_name")
+    results = [{"row": row, "device_name": name, "value": 1} for row in ("a", "b") for name in ("x", "y")]
+    assert measuring.keep(file, results, same) == results == measuring.kept(file)
+    new = results[1] | {"value": 2}
+    assert measuring.keep(file, [new], same) == [results[0], *results[2:], new] == measuring.kept(file)
