@@ -70,15 +70,15 @@ class Muon(torch.optim.Optimizer):
             for state, parameter in zip(states, parameters, strict=True):
                 state.setdefault("momentum", torch.zeros_like(parameter))
             gradient = torch.stack([parameter.grad for parameter in parameters])
-            gradient = gradient if skip is None else gradient.nan_to_num(0.0, 0.0, 0.0)
-            momentum = torch.stack([state["momentum"] for state in states])
-            momentum += (1 - MOMENTUM) * go * (gradient - momentum)
-            ahead = (gradient + MOMENTUM * (momentum - gradient)).flatten(2)  # (k, C_out, C_in · 3 · 3) of filters
+            gradient = gradient if skip is None else gradient.nan_to_num_(0.0, 0.0, 0.0)
+            momenta = [state["momentum"] for state in states]
+            momentum = torch.stack(momenta).lerp_(gradient, (1 - MOMENTUM) * go)
+            torch._foreach_copy_(momenta, momentum.unbind())
+            ahead = gradient.lerp_(momentum, MOMENTUM).flatten(2)  # (k, C_out, C_in · 3 · 3) of filters
             size = 0.2 * max(ahead.shape[1:]) ** 0.5  # of about the size that AdamW's steps have
-            moves = (group["lr"] * size * go * orthogonalised(ahead)).view_as(gradient)
-            for state, parameter, new, move in zip(states, parameters, momentum, moves, strict=True):
-                state["momentum"].copy_(new)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"] * go).sub_(move)
+            moves = orthogonalised(ahead).mul_(group["lr"] * size * go).view_as(gradient)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * go)
+            torch._foreach_sub_(parameters, moves.unbind())
         self.adamw.found_inf, self.adamw.grad_scale = skip, None
         self.adamw.step()
 
