@@ -97,6 +97,15 @@ class NoiseSchedule:
         self.betas, self.alphas_cumprod = self.betas.to(device), self.alphas_cumprod.to(device)
         return self
 
+    def draw_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        """n random timesteps (n,), rising, each equally likely, spread evenly: losses vary less from batch to batch.
+
+        All are moved by one random offset (Kingma et al. 2021, arXiv:2107.00630, Appendix I.1).
+        """
+        device, T = generator.device, self.num_timesteps
+        evenly = (torch.arange(n, device=device) + torch.rand(1, generator=generator, device=device)) / n
+        return (evenly * T).long().clamp(max=T - 1)  # 1 - 1e-8 is 1 in float32
+
     def _alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
         """ᾱ_t on the device of `like`, shaped (N, 1, ..., 1) to multiply it; float32, also beside half precision."""
         return self.alphas_cumprod.to(like.device)[t.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -71,6 +72,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("prompts", nargs="+", metavar="PROMPT", help='"(red:1.3) fox" asks for more red')
     add("--negative_prompt", default="", metavar="TEXT", help="what to stay away from (default: nothing)")
     add("--model", default=SHIPPED_MODEL, help="folder, single file or hub id (default: the model that ships)")
+    add(
+        "--lora", action="append", default=[], metavar="FILE",
+        help="add a LoRA: file, folder or hub id; may be given several times",
+    )  # fmt: skip
+    add(
+        "--lora_scale", type=number(float, -10, 10), action="append", default=[], metavar="SCALE",
+        help="how strongly it counts, for each --lora in turn; 0 = not at all (default: 1)",
+    )  # fmt: skip
     add(
         "--seeds", type=number(int, 0, 2**63 - 1), nargs="+", default=[0], metavar="SEED",
         help="one image for each prompt and seed (default: 0)",
@@ -141,6 +150,8 @@ def check_together(options: argparse.Namespace) -> None:
         )
     if options.negative_prompt and options.guidance_scale == 1:
         raise UserError("--negative_prompt has no effect at --guidance_scale 1: raise the scale.")
+    if len(options.lora_scale) > len(options.lora):
+        raise UserError("--lora_scale: give a --lora for each.")
     if options.init_image is None:
         for name in ("mask", "strength"):
             if getattr(options, name) is not None:
@@ -252,6 +263,8 @@ def load_model(options: argparse.Namespace, width: int, height: int) -> "StableD
     with user_errors():
         device = choose_device(options.device)
         model = StableDiffusion.from_pretrained(options.model, str(device), getattr(torch, options.dtype))
+        for lora, scale in zip_longest(options.lora, options.lora_scale, fillvalue=1.0):
+            model.load_lora(lora, scale)
     factor, timesteps = model.vae.config.downsampling, model.schedule.num_timesteps
     if width % factor or height % factor:
         raise UserError(f"This model draws sizes divisible by {factor}, not {width}×{height}.")

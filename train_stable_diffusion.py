@@ -2,12 +2,13 @@
 
     python train_stable_diffusion.py --preset monsters                 # draws its own data; minutes on two CPU cores
     python train_stable_diffusion.py --dataset FOLDER_OR_HUB_ID        # the `pokemon` preset: from scratch, one GPU
-    python train_stable_diffusion.py --preset finetune --dataset …     # from Stable Diffusion 1.5's own weights
+    python train_stable_diffusion.py --preset finetune --dataset …     # from Stable Diffusion 1.5; or `lora`, on 8 GB
     torchrun --nproc_per_node 2 train_stable_diffusion.py …            # the same maths on several GPUs
 
 Papers: DDPM (Ho et al. 2020, Algorithm 1), latent diffusion (Rombach et al. 2022), classifier-free guidance (Ho &
-Salimans 2022), min-SNR (Hang et al. 2023), zero-terminal SNR (Lin et al. 2024). All options are in
-`training/presets.py`. Read here: `draw_batch` → `diffusion_loss` → `train_step` → the loop in `Run.train`.
+Salimans 2022), evenly spread timesteps (Kingma et al. 2021, Appendix I.1), min-SNR (Hang et al. 2023), zero-terminal
+SNR (Lin et al. 2024), LoRA (Hu et al. 2021). All options are in `training/presets.py`. Read here: `draw_batch` →
+`diffusion_loss` → `train_step` → the loop in `Run.train`.
 
 Letters in the shape comments:
     N  images in the batch    n  those of one process    h, w  size of the latents    L  text tokens    D  text width
@@ -40,7 +41,9 @@ from noise_schedule import NoiseSchedule
 from pokemon_dataset import load_captioned_images
 from published import load_text_encoder, load_vae
 from stable_diffusion_model import StableDiffusion, choose_device
+from training import low_rank
 from training.captioned_latents import CaptionedLatents, prepare, split_images
+from training.encoded_cache import fingerprint
 from training.memory_forecast import forecast_run
 from training.optimizers import make_optimizer
 from training.reporter import Reporter
@@ -147,7 +150,7 @@ def draw_batch(
     indices = chosen[batch_indices(len(chosen), N, step, options.seed, device)]
     mirrored = (torch.rand(N, generator=generator, device=device) < 0.5) & options.mirror
     dropped = torch.rand(N, generator=generator, device=device) < options.caption_dropout
-    t = torch.randint(model.schedule.num_timesteps, (N,), generator=generator, device=device)
+    t = model.schedule.draw_timesteps(N, generator)
 
     mine = slice(processes.rank * N // processes.count, (processes.rank + 1) * N // processes.count)
     moments, context = data.gather(indices[mine], mirrored[mine], dropped[mine])  # (n, 8, h, w), (n, L, D)
@@ -229,6 +232,7 @@ class Run:
         device = self.device = processes.device
         self.precision = resolve_precision(options.precision, device)
         # What can be wrong is looked at first: the checkpoint, the data set, the model. Only then anything is written.
+        low_rank.check(options)
         state = load_common_checkpoint(Path(options.output_dir), processes) if options.resume else None
         source = (options.dataset, options.split, options.revision, options.caption_column, options.caption)
         images = load_captioned_images(*source, drawn_size=options.resolution)
@@ -240,8 +244,9 @@ class Run:
         for frozen in (model.vae, model.text_encoder.model):
             frozen.to("cpu")  # idle until the next preview
         model.schedule.to(device)
-
-        self.unet = model.unet.laid_out(device).train()
+        self.base = fingerprint(model.unet) if options.lora_rank else ""  # what a LoRA belongs to
+        self.unet = low_rank.adapt(model.unet, options, self.precision).laid_out(device).train()
+        self.trained = {name for name, p in self.unet.named_parameters() if p.requires_grad}
         self.unet.gradient_checkpointing = options.gradient_checkpointing
         average_on = "cpu" if options.ema_on_cpu else device
         self.ema = EMA(self.unet, options.ema_decay, average_on) if options.ema_decay else None
@@ -341,23 +346,26 @@ class Run:
         self.reporter.log_image("samples", file)
 
     def save(self, is_best: bool) -> None:
-        """A checkpoint, and model/ in the standard folder; best_model/ as well if no validation loss was lower."""
-        state = self.reporter.state() | {"unet": self.unet.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"ema": self.ema.module.state_dict()} if self.ema else {}
+        """A checkpoint, and model/ (of a LoRA: lora/); best_… as well if no validation loss was lower."""
+        networks = {"unet": self.unet} | ({"ema": self.ema.module} if self.ema else {})
+        state = {name: low_rank.trained_state(network, self.trained) for name, network in networks.items()}
+        state |= self.reporter.state() | {"optimizer": self.optimizer.state_dict(), "base": self.base}
         if self.folder is not None:
             self.folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
-            dtype = getattr(torch, self.options.save_precision)
-            for name in ["model"] + ["best_model"] * is_best:
-                self.folder.write_folder(name, lambda path: self.model.save_pretrained(path, dtype))
+            result = low_rank.result(self.options)
+            for name in [result] + [f"best_{result}"] * is_best:
+                self.folder.write_folder(name, lambda path: low_rank.write(path, self.model, self.options))
             self.folder.plot({"loss": "training (weighted)", "validation_loss": "held out"}, "loss")
         self.reporter.saved()
 
     def load(self, state: dict) -> None:
         """Takes up weights, average and optimizer from a checkpoint; UserError if they are another U-Net's."""
         try:
-            self.unet.load_state_dict(state["unet"])
-            if self.ema:
-                self.ema.module.load_state_dict(state.get("ema", state["unet"]))  # none yet if it was off until now
+            if state.get("base", "") != self.base:
+                raise ValueError(f"{self.options.pretrained} has other weights than when the run was begun")
+            low_rank.load_trained(self.unet, state["unet"], self.trained)
+            if self.ema:  # none yet if it was off until now
+                low_rank.load_trained(self.ema.module, state.get("ema", state["unet"]), self.trained)
             load_optimizer(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
@@ -377,16 +385,16 @@ class Run:
         """Says how it ended, and what to do next."""
         if not self.reporter.finish() or self.folder is None:
             return
-        path, side = self.folder.path, str(self.options.resolution)
-        made = ["samples"] * bool(self.options.preview_every) + ["loss.png", "model"]
+        options, path, side = self.options, self.folder.path, str(self.options.resolution)
+        made = ["samples"] * bool(options.preview_every) + ["loss.png", low_rank.result(options)]
         print(f"\nDone: {', '.join(str(path / name) for name in made)}")
         if self.device.type == "cuda":
             print(f"Peak GPU memory: {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
         command = ["python", str(Path(__file__).with_name("sample_stable_diffusion.py")), "PROMPT", "--height", side]
-        command += ["--width", side, "--guidance_scale", f"{self.options.preview_guidance:g}"]
-        print("Sample from it:", shlex.join([*command, "--model", str(path / "model")]))
-        if self.options.final_samples and monsters.is_spec(self.options.dataset):
-            print(judge_monsters(self.sample, self.options.final_samples, path, self.options.dataset))
+        command += ["--width", side, "--guidance_scale", f"{options.preview_guidance:g}"]
+        print("Sample from it:", shlex.join([*command, *low_rank.chosen_by(options, path)]))
+        if options.final_samples and monsters.is_spec(options.dataset):
+            print(judge_monsters(self.sample, options.final_samples, path, options.dataset))
 
 
 def main(argv: list[str]) -> None:

@@ -44,6 +44,12 @@ def middle_timesteps(batch: Batch, options: UNetOptions, step: int) -> None:
     batch.t = (torch.sigmoid(normal) * 1000).long()
 
 
+def independent_timesteps(batch: Batch, options: UNetOptions, step: int) -> None:
+    """A timestep for each image by itself, as DDPM draws them, not spread evenly over the batch."""
+    generator = generator_for(batch.t.device, options.seed, "independent", step)
+    batch.t = torch.randint(1000, (len(batch.t),), generator=generator, device=batch.t.device)
+
+
 def nearest_noise(batch: Batch, options: UNetOptions, step: int) -> None:
     """For each image the nearest of eight noises to its latents (Immiscible Diffusion, Li et al. 2024)."""
     generator = generator_for(batch.t.device, options.seed, "nearest", step)
@@ -71,16 +77,20 @@ ROWS: dict[str, list[str] | Callable] = {
     "twice the rate": ["--learning_rate", "12e-3"],
     "batches of 32": ["--batch_size", "32"],
     "batches of 128": ["--batch_size", "128"],
-    "wider": ["--block_out_channels", "48", "96", "144"],
+    "narrower": ["--block_out_channels", "32", "64", "128"],
+    "less weight decay": ["--weight_decay", "0.01"],
+    "more weight decay": ["--weight_decay", "0.3"],
     "no text on 8x8": ["--attention_levels", "0", "0", "1"],
     "deeper": ["--layers_per_block", "2"],
     "1000 monsters": ["--dataset", "monsters:1000"],
+    "4000 monsters": ["--dataset", "monsters:4000"],
     "shorter average": ["--ema_decay", "0.98"],
     "longer average": ["--ema_decay", "0.995"],
     "v-prediction": ["--prediction_type", "v_prediction"],
     "all timesteps weigh 1": ["--min_snr_gamma", "0"],
     "float32": ["--precision", "float32"],
     "192 pixels": ["--resolution", "192"],
+    "independent timesteps": independent_timesteps,
     "logit-normal timesteps": middle_timesteps,
     "nearest of 8 noises": nearest_noise,
 }

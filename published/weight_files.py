@@ -27,7 +27,7 @@ from torch import Tensor, nn
 # ----------------------------------------------------------------------------------------------------------------------
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-STEMS = ("diffusion_pytorch_model", "model")  # the base names that diffusers and transformers give to weight files
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights")  # names of diffusers' and transformers' weights
 UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline, up to 1.2 GB
 
 

@@ -43,7 +43,7 @@ FAULTS = [
     Fault("mirrors unasked", UNET, " < 0.5) & options.mirror", " < 0.5)", BATCH),
     Fault("mirror ignored", UNET, "mirrored[mine], dropped[mine]", "mirrored[mine] & False, dropped[mine]", BATCH),
     Fault("caption dropout off", UNET, "< options.caption_dropout", "< 0", BATCH),
-    Fault("half of the timesteps", UNET, "torch.randint(model.schedule.num_timesteps,", "torch.randint(model.schedule.num_timesteps // 2,", BATCH),
+    Fault("half of the timesteps", "noise_schedule.py", "(evenly * T).long()", "(evenly * T / 2).long()", BATCH),
     Fault("the same noise in every step", UNET, 'options.seed, "step", step)', 'options.seed, "step", 0)', BATCH),
     Fault("noise offset ignored", UNET, "noise + options.noise_offset * shift", "noise", BATCH),
     Fault("processes see the same slice", UNET, "slice(processes.rank * N // processes.count,", "slice(0 * N // processes.count,", "test_training.py::test_processes_take_slices_of_one_batch"),

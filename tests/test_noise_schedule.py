@@ -207,3 +207,18 @@ def test_bad_options_are_refused_by_name():
 def test_tables_move_to_the_device():
     schedule = NoiseSchedule().to("meta")  # the one device beside the CPU that every machine has
     assert schedule.alphas_cumprod.device.type == schedule.betas.device.type == "meta"
+
+
+def test_timesteps_are_drawn_evenly_and_equally_often() -> None:
+    """A batch has one in each n-th of the range; over many batches every timestep comes as often, at every place."""
+    schedule, generator = NoiseSchedule(num_timesteps=20), torch.Generator().manual_seed(0)
+    drawn = torch.stack([schedule.draw_timesteps(4, generator) for _ in range(4000)])  # (batches, 4)
+    for k in range(4):
+        counts = torch.bincount(drawn[:, k], minlength=20)
+        expected = torch.zeros(20)
+        expected[5 * k : 5 * k + 5] = 800
+        assert (counts - expected).abs().max() < 120
+    assert (drawn.diff(dim=1) == 5).all()
+    single = torch.cat([schedule.draw_timesteps(1, generator) for _ in range(20_000)])
+    assert (torch.bincount(single, minlength=20) - 1000).abs().max() < 150
+    assert schedule.draw_timesteps(2000, generator).unique().tolist() == list(range(20))

@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffusion_model import UNet, UNetConfig
 from stable_diffusion_model import StableDiffusion
+from training import low_rank
 from training.presets import UNetOptions
 from training.reproducible import Processes
 
@@ -53,6 +55,11 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+def as_it_is(unet: UNet) -> UNet:
+    """For a U-Net all of whose weights are trained."""
+    return unet
+
+
 def rehearse_step(
     config: UNetConfig,
     latents: tuple[int, int, int],
@@ -61,14 +68,15 @@ def rehearse_step(
     precision: torch.dtype,
     checkpointing: bool,
     device_type: str = "cpu",
+    adapt: Callable[[UNet], UNet] = as_it_is,
 ) -> int:
     """Most bytes that gradients, activations and low-precision copies take together at one moment of a training step.
 
     `latents`: (images in a micro-batch, h, w); `length`: text tokens; `accumulates`: there are several micro-batches,
-    so the gradients of the first are there when the second begins.
+    so the gradients of the first are there when the second begins. `adapt` freezes what is not trained.
     """
     with FakeTensorMode(), torch.device(device_type):
-        unet = UNet(config)
+        unet = adapt(UNet(config))
         unet.gradient_checkpointing = checkpointing
         n = latents[0]
         x, t = torch.empty(n, config.in_channels, *latents[1:]), torch.zeros(n)
@@ -76,7 +84,7 @@ def rehearse_step(
         with Meter([*unet.parameters(), x, t, context]) as meter:
             if accumulates:
                 for parameter in unet.parameters():
-                    parameter.grad = torch.empty_like(parameter)
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             autocast = {"dtype": precision, "enabled": precision != torch.float32, "cache_enabled": False}
             with torch.autocast(device_type, **autocast):
                 loss = unet(x, t, context).float().square().mean()
@@ -84,9 +92,9 @@ def rehearse_step(
         return meter.peak
 
 
-def bytes_of(module: nn.Module) -> int:
-    """Bytes of a network's weights."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+def bytes_of(module: nn.Module, trained_only: bool = False) -> int:
+    """Bytes of a network's weights, or of those that are trained."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained_only)
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -142,27 +150,28 @@ def forecast(
     average_on_cpu: bool = False,
     processes: int = 1,
     muon: bool = False,
+    adapt: Callable[[UNet], UNet] = as_it_is,
 ) -> Forecast:
     """What training `unet` with AdamW, or Muon, will take on `device`.
 
     `frozen`: the networks that are not trained, which wait in the CPU's memory; `latents` and `length` of a micro-batch
     as in `rehearse_step`; `resident`: bytes of the cached latents and texts on the device. `averaged`: an EMA is kept,
-    perhaps `average_on_cpu`.
+    perhaps `average_on_cpu`. `adapt` makes of a U-Net of the same shape what `unet` is, if that is a LoRA's.
     """
     on_cpu = device.type == "cpu"
-    weights = bytes_of(unet)
+    trained = bytes_of(unet, trained_only=True)
     kernels = device.type if device.type == "cuda" else "cpu"  # whose autocast and attention are rehearsed
     try:
-        step = rehearse_step(unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels)
+        step = rehearse_step(unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels, adapt)
     except Exception:  # a kernel that has no fake on this device: no reason to keep anyone from training
         step = None
     parts = {
-        "weights": weights,
-        "gradients": weights,
-        **({"Muon": weights} if muon else {"AdamW": 2 * weights}),
-        "EMA": weights if averaged and (on_cpu or not average_on_cpu) else 0,
-        "activations": max((step or 0) - weights, 0),  # at the worst moment, when not all gradients may be there yet
-        "gradients in transit": weights if processes > 1 else 0,  # DistributedDataParallel's buckets
+        "weights": bytes_of(unet),
+        "gradients": trained,
+        **({"Muon": trained} if muon else {"AdamW": 2 * trained}),
+        "EMA": trained if averaged and (on_cpu or not average_on_cpu) else 0,
+        "activations": max((step or 0) - trained, 0),  # at the worst moment, when not all gradients may be there yet
+        "gradients in transit": trained if processes > 1 else 0,  # DistributedDataParallel's buckets
         "VAE and text encoder": sum(bytes_of(module) for module in frozen) if on_cpu else 0,
         "data": resident,
         "PyTorch": RUNTIME.get(device.type, 0),
@@ -197,4 +206,5 @@ def forecast_run(
         average_on_cpu=options.ema_on_cpu,
         processes=processes.count,
         muon=options.optimizer == "muon",
+        adapt=partial(low_rank.adapt, options=options, precision=precision) if options.lora_rank else as_it_is,
     )

@@ -19,7 +19,7 @@ class UNetOptions:
     """Train the U-Net of a latent diffusion model on captioned images; a preset sets some of the options."""
 
     # fmt: off
-    preset: str = option("pokemon", "monsters, turquoise, pokemon_cpu, pokemon or finetune", fixed=True, group="what it learns from")
+    preset: str = option("pokemon", "monsters, turquoise, pokemon_cpu, pokemon, finetune or lora", fixed=True, group="what it learns from")
     dataset: str = option(DEFAULT_DATASET, "hub id, folder of captioned images, monsters, monsters:N, or monsters:N:turquoise, half of which have a new colour", fixed=True)
     split: str = option("train", "split of the data set", fixed=True)
     revision: str | None = option(None, "revision of a data set on the hub", fixed=True)
@@ -37,6 +37,10 @@ class UNetOptions:
     resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
     overwrite: bool = option(False, "delete the run in --output_dir and start again")
     seed: int = option(0, "seed of all random numbers", fixed=True, at_least=0, at_most=2**40)
+
+    lora_rank: int = option(0, "train low-rank changes of this rank beside the frozen weights of --pretrained; 0 = off: train all weights", fixed=True, at_least=0, at_most=4096, group="LoRA")
+    lora_alpha: float = option(0.0, "their strength is alpha / rank; 0 = the rank, so 1", fixed=True, at_least=0)
+    lora_layers: str = option("attention", "which layers are changed: attention, feed_forward (and attention) or all", fixed=True, choices=("attention", "feed_forward", "all"))
 
     block_out_channels: list[int] = option([128, 256, 384, 512], "channels, one value per resolution, finest first", fixed=True, at_least=1, group="the U-Net, if it starts from scratch")
     attention_levels: list[int] = option([0, 1, 1, 1], "1 where the level attends to the text", fixed=True, at_least=0, at_most=1)
@@ -92,14 +96,15 @@ PRESETS: dict[str, dict] = {
         "dataset": "monsters:2000",
         "mirror": False,  # they look to either side; a new monster costs little more than a mirror, and teaches more
         "output_dir": "stable_diffusion_results/my_monsters",
-        "block_out_channels": [32, 64, 128],
-        "max_steps": 840,
+        "block_out_channels": [48, 96, 144],
+        "max_steps": 660,
         "learning_rate": 6e-3,
         "warmup_steps": 50,
+        "weight_decay": 0.1,
         "ema_decay": 0.99,
-        "validate_every": 420,
-        "preview_every": 140,
-        "checkpoint_every": 420,
+        "validate_every": 330,
+        "preview_every": 132,
+        "checkpoint_every": 330,
         "final_samples": 32,
         "wandb": "off",
     },
@@ -151,6 +156,19 @@ PRESETS: dict[str, dict] = {
         "save_precision": "float16",
     },
 }
+# The same with a few MB of new weights: thirty images and a GPU of 8 GB are enough.
+PRESETS["lora"] = PRESETS["finetune"] | {
+    "lora_rank": 8,
+    "output_dir": "stable_diffusion_results/my_lora",
+    "max_steps": 1000,
+    "gradient_accumulation": 4,
+    "learning_rate": 2e-4,
+    "warmup_steps": 50,
+    "ema_decay": 0.99,
+    "validate_every": 250,
+    "preview_every": 250,
+    "checkpoint_every": 250,
+}
 _SHIPPED = {"vae": str(_HERE / "vae_model.pth"), "text_encoder": str(_HERE / "stable_diffusion_results" / "clip")}
 _PUBLISHED = {"vae": "stabilityai/sd-vae-ft-mse", "text_encoder": "openai/clip-vit-large-patch14"}
 PARTS = {
@@ -159,6 +177,7 @@ PARTS = {
     "pokemon_cpu": _PUBLISHED | {"vae": _SHIPPED["vae"]},
     "pokemon": _PUBLISHED,
     "finetune": _PUBLISHED,
+    "lora": _PUBLISHED,
 }  # where no --pretrained brings them
 
 WITHOUT_HUB = (

@@ -194,17 +194,19 @@ class EMA:
     """An exponential moving average of a network's weights (Polyak & Juditsky 1992).
 
     The decay is min(decay, (1 + step) / (10 + step)), so that the random start is soon forgotten. `device` is where the
-    average is kept; the module's own if None.
+    average is kept; the module's own if None. Parameters that are not trained are shared with the module, not copied.
     """
 
     def __init__(self, module: nn.Module, decay: float, device: torch.device | str | None = None) -> None:
         self.decay = decay
-        self.module = copy.deepcopy(module).eval().requires_grad_(False).to(device)
+        frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+        self.module = copy.deepcopy(module, frozen).eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, current = list(self.module.parameters()), list(module.parameters())
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        averages, current = zip(*((average, p) for average, p in pairs if p.requires_grad), strict=True)
         if averages[0].device == current[0].device:
             torch._foreach_lerp_(averages, current, 1 - decay)
         else:

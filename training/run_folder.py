@@ -30,7 +30,7 @@ from training.reproducible import Processes, job_id
 from training.script import UserError
 
 # What a run leaves, which is never overwritten unasked; earlier versions wrote training_state.pt.
-PRODUCTS = ("model", "best_model", "clip", "vae_model.pth", "training_state.pt")
+PRODUCTS = ("model", "best_model", "lora", "best_lora", "clip", "vae_model.pth", "training_state.pt")
 FILES = ("config.json", "metrics.csv", "speed.csv", "scores.json", "loss.png", "psnr.png", "retrieval.png")
 
 
@@ -184,7 +184,7 @@ class RunFolder:
     def start(self, options: Any, columns: tuple[str, ...]) -> None:
         """Begins a new run: config.json and an empty metrics.csv."""
         if self.overwrite:
-            for name in (*PRODUCTS, "checkpoints", "best_model", "samples", "metrics.csv", "speed.csv"):
+            for name in (*PRODUCTS, "checkpoints", "samples", "metrics.csv", "speed.csv"):
                 _remove(self.path / name)
         config = {"kind": type(options).__name__, "job": job_id(), "options": asdict(options), **environment()}
         self.write_text("config.json", json.dumps(config, indent=2) + "\n")
@@ -340,7 +340,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict:
     if not found:
         raise UserError(
             f"--resume: {folder} has no checkpoint yet; start it again without --resume"
-            + (", with --overwrite." if (folder / "model").exists() else ".")
+            + (", with --overwrite." if any((folder / name).exists() for name in PRODUCTS) else ".")
         )
     for path in found:
         try:

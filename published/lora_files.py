@@ -1,0 +1,188 @@
+"""LoRA files: read in the layouts of diffusers, peft and kohya's scripts, written as diffusers and peft write them.
+
+A file has two thin matrices for each adapted layer, `down` and `up`. All layouts agree on that, and differ in names:
+
+    diffusers, peft       unet.down_blocks.0.….attn1.to_q.lora_A.weight          lora_B
+    older diffusers       unet.down_blocks.0.….attn1.to_q.lora.down.weight       lora.up
+    first diffusers       unet.down_blocks.0.….attn1.processor.to_q_lora.down.weight
+    kohya                 lora_unet_down_blocks_0_…_attn1_to_q.lora_down.weight  lora_up, and a number `alpha`
+
+diffusers keeps α in the file's metadata, and many files have none, which means α = r. So α is multiplied into `up` when
+a file is written here, and it means the same to every reader.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora import adapted, add_to
+from published.ldm_layout import unet_to_ldm
+from published.weight_files import locate, read_checkpoint, write_safetensors
+
+FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
+NETWORKS = {"unet": "U-Net", "text_encoder": "text encoder"}
+PREFIXES = {
+    "unet.": "unet", "lora_unet_": "unet", "base_model.model.": "unet",
+    "text_encoder.": "text_encoder", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
+}  # fmt: skip
+ENDINGS = (  # of `down`, of `up`
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    (".lora_down.weight", ".lora_up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+)
+
+
+class Change(NamedTuple):
+    """What a file says of one layer."""
+
+    down: Tensor  # (r, in), or (r, in, 3, 3)
+    up: Tensor  # (out, r), or (out, r, 1, 1)
+    alpha: float
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def lora_file(path_or_hub_id: str | os.PathLike) -> Path:
+    """The file itself: it, or the one in a folder or hub repository. FileNotFoundError if there is none."""
+    path = locate(path_or_hub_id, "the LoRA")
+    if path.is_file():
+        return path
+    found = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise FileNotFoundError(f"{path} holds {len(found)} .safetensors files; pass the one that is meant.")
+    return found[0]
+
+
+def read_lora(path: Path) -> dict[str, dict[str, Change]]:
+    """The changes in a file, as {"unet": {layer: Change}, "text_encoder": …}. ValueError, in one sentence, if bad.
+
+    Names of layers are as in the file, without prefix and ending; `find_layers` finds the layers that they mean.
+    """
+    tensors, metadata = read_checkpoint(path)
+    rest, found = dict(tensors), {network: {} for network in NETWORKS}
+    for name in tensors:
+        for down_end, up_end in ENDINGS:
+            layer = name.removesuffix(down_end)
+            if layer == name or layer + up_end not in tensors:
+                continue
+            down, up = rest.pop(name), rest.pop(layer + up_end)
+            if down.ndim not in (2, 4) or down.ndim != up.ndim or down.shape[0] != up.shape[1] or not len(down):
+                raise ValueError(
+                    f"{path}: the matrices of {layer} do not fit each other ({tuple(down.shape)} and "
+                    f"{tuple(up.shape)}); download it again."
+                )
+            if not (down.isfinite().all() and up.isfinite().all()):
+                raise ValueError(f"{path}: the matrices of {layer} hold numbers that are not finite.")
+            network, inside = _network_of(layer)
+            alpha = rest.pop(layer + ".alpha", None)
+            alpha = _alpha_in(metadata, network, inside, len(down)) if alpha is None else float(alpha)
+            found[network][inside] = Change(down, up, alpha)
+            break
+    if rest:
+        raise ValueError(
+            f"{path} is not (only) a LoRA: it holds {next(iter(rest))}{' and more' * (len(rest) > 1)}, "
+            "which no LoRA of linear layers and convolutions has; pass a file made by diffusers, peft or kohya's tools."
+        )
+    if not any(found.values()):
+        raise ValueError(f"{path} holds no low-rank matrices; pass a LoRA's file.")
+    return found
+
+
+def _network_of(layer: str) -> tuple[str, str]:
+    """Which network a layer's full name belongs to, and its name there."""
+    for prefix, network in PREFIXES.items():
+        if layer.startswith(prefix):
+            return network, layer.removeprefix(prefix)
+    return "unet", layer
+
+
+def _alpha_in(metadata: dict[str, Any], network: str, layer: str, rank: int) -> float:
+    """α by diffusers' metadata of the file; the rank if it says nothing."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, TypeError):
+        return float(rank)
+    for pattern, alpha in (config.get(f"{network}.alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):  # as peft reads it
+            return float(alpha)
+    return float(config.get(f"{network}.lora_alpha", rank))
+
+
+def find_layers(
+    network: nn.Module, changes: dict[str, Change], kind: str, source: Path
+) -> list[tuple[nn.Module, Change]]:
+    """The layers of a network ("unet" or "text_encoder") that a file means, each with its change.
+
+    ValueError, in one sentence, if it was made for a network of another shape.
+    """
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    known = {alias: name for name in layers for alias in _aliases(name)}
+    if kind == "unet":
+        ldm = unet_to_ldm(network.config, {name: name for name in layers})  # some of kohya's files have LDM's names
+        known |= {theirs.replace(".", "_"): ours for theirs, ours in ldm.items()}
+    found = []
+    for given, change in changes.items():
+        name = known.get(given)
+        if name is None:
+            raise ValueError(
+                f"{source} changes {given}, which the {NETWORKS[kind]} of this model does not have: it was made for "
+                "another base model."
+            )
+        shape, rank = tuple(layers[name].weight.shape), len(change.down)
+        theirs = (change.up.shape[0], *change.down.shape[1:])
+        if _without_ones(theirs) != _without_ones(shape):
+            raise ValueError(
+                f"{source} changes {name} by a matrix of {theirs} (rank {rank}), but that of this model is {shape}: "
+                "it was made for another base model."
+            )
+        found.append((layers[name], change))
+    return found
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if shape[2:] == (1, 1) else shape  # a 1×1 convolution is a linear layer
+
+
+def _aliases(name: str) -> list[str]:
+    """How files may call our layer `name`."""
+    names = [name, name.removeprefix("text_model."), f"text_model.{name.removeprefix('text_model.')}"]
+    first_diffusers = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1", name)
+    return [*names, first_diffusers, *(other.replace(".", "_") for other in names)]
+
+
+@torch.no_grad()
+def attach(layers: list[tuple[nn.Module, Change]], name: str) -> None:
+    """Gives each layer its change, under one name, as `find_layers` found them."""
+    for layer, change in layers:
+        made = add_to(layer, len(change.down), change.alpha, name).to(layer.weight.dtype).requires_grad_(False)
+        made.down.weight.copy_(change.down.view_as(made.down.weight))
+        made.up.weight.copy_(change.up.view_as(made.up.weight))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_lora(path: Path, unet: nn.Module, name: str = "default", dtype: torch.dtype = torch.float32) -> None:
+    """Writes the change `name` of a U-Net to a .safetensors file that diffusers' `load_lora_weights` reads.
+
+    α is multiplied into `up`; `scale` is left to whoever loads it.
+    """
+    tensors = {}
+    for layer, module in adapted(unet).items():
+        change = module.changes[name]
+        tensors[f"unet.{layer}.lora_A.weight"] = change.down.weight.detach().to(dtype)
+        tensors[f"unet.{layer}.lora_B.weight"] = (change.up.weight.detach() * change.alpha / change.rank).to(dtype)
+    write_safetensors(path, tensors)

@@ -1,0 +1,414 @@
+"""LoRA: layers, files of all layouts, and parity with diffusers and peft, which read and write the same files."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lora
+from published import lora_file, read_lora, write_lora
+from stable_diffusion_model import StableDiffusion
+from tests.test_interchange import assert_same, make_folder, open_both, ours, theirs
+from tests.tiny import tiny_unet
+
+INPUTS = (torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("lora") / "sd1", 1)
+
+
+def predict(unet: nn.Module) -> Tensor:
+    context = torch.randn(2, 77, unet.config.context_dim, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return unet(*INPUTS, context)
+
+
+def with_changes(unet: nn.Module, which: str = "all", rank: int = 4, alpha: float = 6.0, seed: int = 0) -> nn.Module:
+    """The U-Net with low-rank changes that are not zero."""
+    torch.manual_seed(seed)
+    for change in lora.add(unet, lora.targets(unet, which), rank, alpha):
+        nn.init.normal_(change.up.weight, std=0.1)
+    return unet
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).norm() / b.norm()).detach())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", list(lora.TARGETS))
+def test_it_begins_as_the_model_that_it_changes(which: str) -> None:
+    unet = tiny_unet()
+    before, names = predict(unet), list(unet.state_dict())
+    lora.add(unet, lora.targets(unet, which), 4, 4.0)
+    assert torch.equal(predict(unet), before)
+    assert [name for name in unet.state_dict() if ".changes." not in name] == names
+
+
+def test_equation_3() -> None:
+    """Both kinds of layer: beside the weight, and W + α/r · B A in its place."""
+    torch.manual_seed(0)
+    for layer, x in (
+        (nn.Linear(6, 5), torch.randn(3, 6)),
+        (nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(3, 6, 8, 8)),
+    ):
+        network = nn.Sequential(layer)
+        (change,) = lora.add(network, ["0"], 2, 3.0)
+        nn.init.normal_(change.up.weight)
+        lora.set_scale(network, "default", 0.5)
+        low_rank = change.up.weight.flatten(1) @ change.down.weight.flatten(1)  # B A
+        assert torch.linalg.matrix_rank(low_rank) == 2
+        plain = copy.deepcopy(layer)
+        plain.__class__ = lora.PLAIN[type(layer)]
+        plain.weight = nn.Parameter(layer.weight + 0.5 * 3 / 2 * low_rank.view_as(layer.weight))
+        del plain.changes
+        assert relative_error(network(x), plain(x)) < 1e-5
+
+
+def test_which_layers_are_changed() -> None:
+    unet = tiny_unet()
+    attention, more, most = (set(lora.targets(unet, which)) for which in ("attention", "feed_forward", "all"))
+    assert attention < more < most
+    assert {name.split(".attn")[1][2:] for name in attention} == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert {name.split(".ff.")[1] for name in more - attention} == {"net.0.proj", "net.2"}
+    matrices = {name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    assert {name.split(".")[-1] for name in matrices - most} == {
+        "linear_1",
+        "linear_2",
+        "conv_in",
+        "conv_out",
+        "time_emb_proj",
+    }
+
+
+def test_merged_or_beside_it_is_the_same() -> None:
+    unet = with_changes(tiny_unet())
+    weights = {name: p.clone() for name, p in unet.named_parameters()}
+    beside = predict(unet)
+    lora.merge(unet)
+    assert relative_error(predict(unet), beside) < 2e-5
+    lora.merge(unet)  # once is enough
+    assert relative_error(predict(unet), beside) < 2e-5
+    lora.set_scale(unet, "default", 0.5)  # stays merged
+    half = predict(unet)
+    lora.unmerge(unet)
+    assert relative_error(predict(unet), half) < 2e-5 < relative_error(half, beside)
+    lora.set_scale(unet, "default", 1.0)
+    assert torch.equal(predict(unet), beside)
+    assert all(torch.equal(p, weights[name]) for name, p in unet.named_parameters())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_scale_0_and_removing_give_the_model_as_it_was(merged: bool) -> None:
+    unet = tiny_unet()
+    before, names = predict(unet), list(unet.state_dict())
+    with_changes(unet)
+    if merged:
+        lora.merge(unet)
+    assert not torch.equal(predict(unet), before)
+    lora.set_scale(unet, "default", 0.0)
+    assert torch.equal(predict(unet), before)
+    lora.remove(unet)
+    assert torch.equal(predict(unet), before)
+    assert list(unet.state_dict()) == names
+    assert not lora.adapted(unet)
+
+
+def test_several_add_up() -> None:
+    unet = tiny_unet()
+    layers = lora.targets(unet)
+    for name in ("first", "second"):
+        for change in lora.add(unet, layers, 2, 2.0, name):
+            nn.init.normal_(change.up.weight, std=0.1)
+    layer = lora.adapted(unet)[layers[0]]
+    own = layer.weight.clone()
+    lora.merge(unet)
+    total = sum(change.change() for change in layer.changes.values())
+    torch.testing.assert_close(layer.weight, own + total)
+    with pytest.raises(ValueError, match="there is a LoRA 'first' already"):
+        lora.add(unet, layers, 2, 2.0, "first")
+    with pytest.raises(ValueError, match="a GroupNorm cannot have low-rank changes"):
+        lora.add(unet, ["conv_norm_out"], 2, 2.0)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_as_one_network_it_is_plain_and_afterwards_what_it_was(merged: bool) -> None:
+    unet = tiny_unet()
+    names = list(unet.state_dict())
+    with_changes(unet)
+    if merged:
+        lora.merge(unet)
+    out = predict(unet)
+    with pytest.raises(RuntimeError, match="inside"), lora.as_one_network(unet):
+        assert list(unet.state_dict()) == names
+        assert not lora.adapted(unet)
+        assert relative_error(predict(unet), out) < 2e-5
+        raise RuntimeError("inside")
+    assert torch.equal(predict(unet), out)
+    assert all(bool(layer.unmerged) == merged for layer in lora.adapted(unet).values())
+
+
+def test_it_is_unmerged_where_the_network_has_moved_meanwhile() -> None:
+    unet = with_changes(tiny_unet())
+    lora.merge(unet)
+    unet.to(torch.bfloat16)
+    lora.unmerge(unet)
+    assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files, and parity
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", list(lora.TARGETS))
+def test_a_file_of_ours_gives_the_same_image_in_diffusers(folder: Path, tmp_path: Path, which: str) -> None:
+    model, pipe = open_both(folder)
+    base = ours(model, "ddim")
+    write_lora(tmp_path / "fox.safetensors", with_changes(copy.deepcopy(model.unet), which))
+    assert model.load_lora(tmp_path / "fox.safetensors", 0.8) == "fox"
+    pipe.load_lora_weights(tmp_path / "fox.safetensors", adapter_name="fox")
+    pipe.set_adapters("fox", 0.8)
+    assert len(pipe.unet.peft_config["fox"].target_modules) > 0
+    taken = sum(hasattr(module, "lora_A") for module in pipe.unet.modules())
+    assert taken == len(lora.targets(tiny_like(model), which))  # every key is taken up
+    image = ours(model, "ddim")
+    assert_same(image, theirs(pipe, "ddim"))
+    with pytest.raises(AssertionError):
+        assert_same(base, image)
+
+    context = torch.randn(2, 77, 64)
+    with torch.no_grad():
+        expected = pipe.unet(*INPUTS, context).sample
+        assert relative_error(model.unet(*INPUTS, context), expected) < 2e-5
+        lora.unmerge(model.unet)
+        assert relative_error(model.unet(*INPUTS, context), expected) < 2e-5
+
+
+def tiny_like(model: StableDiffusion) -> nn.Module:
+    """Its U-Net without changes."""
+    unet = copy.deepcopy(model.unet)
+    lora.remove(unet)
+    return unet
+
+
+def their_file(pipe: StableDiffusionPipeline, path: Path, with_alpha: bool) -> dict[str, Tensor]:
+    """A LoRA on U-Net and text encoder, as diffusers' training scripts write it; stays loaded in `pipe`."""
+    torch.manual_seed(0)
+    layers = {
+        "unet": (pipe.unet, ["to_q", "to_out.0", "ff.net.2", "conv1"]),
+        "text_encoder": (pipe.text_encoder, ["q_proj"]),
+    }
+    tensors, metadata = {}, {}
+    for name, (network, which) in layers.items():
+        alpha = 6 if with_alpha else 4
+        inject_adapter_in_model(LoraConfig(r=4, lora_alpha=alpha, target_modules=which), network)
+        for key, parameter in network.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(parameter, std=0.1)
+        tensors |= {f"{name}.{key}": t.detach().contiguous() for key, t in get_peft_model_state_dict(network).items()}
+        metadata |= {f"{name}.r": 4, f"{name}.lora_alpha": alpha}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(metadata)} if with_alpha else {"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("with_alpha", [False, True])
+def test_a_file_of_theirs_gives_their_image(folder: Path, tmp_path: Path, with_alpha: bool) -> None:
+    model, pipe = open_both(folder)
+    base = ours(model, "ddim")
+    their_file(pipe, tmp_path / "pytorch_lora_weights.safetensors", with_alpha)
+    model.load_lora(tmp_path)
+    assert_same(ours(model, "ddim"), theirs(pipe, "ddim"))
+    with pytest.raises(AssertionError):
+        assert_same(base, ours(model, "ddim"))
+
+
+def kohya(name: str) -> str:
+    """diffusers' name in kohya's layout."""
+    network, _, layer = name.partition(".")
+    layer, end = layer.rsplit(".lora_", 1)
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[network]
+    layer = layer.removeprefix("text_model.").replace(".", "_")
+    return f"{prefix}{layer}.lora_{'down' if end[0] == 'A' else 'up'}.weight"
+
+
+def kohya_with_ldm_names(name: str) -> str:
+    numbered = kohya(name)
+    for ours_, ldm in {
+        "down_blocks_0_attentions_0": "input_blocks_1_1", "mid_block_attentions_0": "middle_block_1",
+        "up_blocks_1_attentions_0": "output_blocks_2_1", "up_blocks_1_attentions_1": "output_blocks_3_1",
+    }.items():  # fmt: skip
+        numbered = numbered.replace(ours_, ldm)
+    return numbered
+
+
+def first_diffusers(name: str) -> str:
+    if not (".attn" in name and ".to_" in name):
+        return old_diffusers(name)
+    return (
+        old_diffusers(name).replace(".to_", ".processor.to_").replace("to_out.0", "to_out").replace(".lora.", "_lora.")
+    )
+
+
+def old_diffusers(name: str) -> str:
+    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+
+
+def linear_layers(name: str) -> str:
+    return name.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
+
+
+def default_of_peft(name: str) -> str:
+    prefix = "base_model.model." if name.startswith("unet.") else "text_encoder."
+    return prefix + name.split(".", 1)[1].replace(".weight", ".default.weight")
+
+
+@pytest.mark.parametrize(
+    "layout", [kohya, kohya_with_ldm_names, first_diffusers, old_diffusers, linear_layers, default_of_peft]
+)
+def test_every_layout_says_the_same(folder: Path, tmp_path: Path, layout: Callable[[str], str]) -> None:
+    model, pipe = open_both(folder)
+    tensors = their_file(pipe, tmp_path / "diffusers.safetensors", with_alpha=False)
+    renamed = {layout(name): tensor for name, tensor in tensors.items()}
+    assert len(renamed) == len(tensors)
+    assert not renamed.keys() & tensors.keys()
+    if layout in (kohya, kohya_with_ldm_names):
+        ends = [name for name in renamed if name.endswith(".lora_down.weight")]
+        renamed |= {name.replace("lora_down.weight", "alpha"): torch.tensor(2.0) for name in ends}  # half of the rank
+    save_file(renamed, tmp_path / "other.safetensors")
+    model.load_lora(tmp_path / "diffusers.safetensors", 0.5 if layout in (kohya, kohya_with_ldm_names) else 1.0)
+    expected = ours(model, "ddim")
+    model, _ = open_both(folder)
+    model.load_lora(tmp_path / "other.safetensors")
+    assert_same(ours(model, "ddim"), expected)
+
+
+def test_writing_multiplies_alpha_in_and_reading_gives_it_back(tmp_path: Path) -> None:
+    unet = with_changes(tiny_unet(), rank=4, alpha=6.0)
+    write_lora(tmp_path / "a.safetensors", unet)
+    found = read_lora(tmp_path / "a.safetensors")
+    layers = lora.adapted(unet)
+    assert found["unet"].keys() == layers.keys()
+    assert not found["text_encoder"]
+    for name, (down, up, alpha) in found["unet"].items():
+        assert alpha == len(down) == 4
+        change = layers[name].changes["default"]
+        torch.testing.assert_close((up.flatten(1) @ down.flatten(1)).flatten(), change.change().flatten())
+
+
+def test_a_model_with_loras(folder: Path, tmp_path: Path) -> None:
+    """Two at once, turned up and down, written as one model, named in the image's text."""
+    model, _ = open_both(folder)
+    base = ours(model, "ddim")
+    paths = [tmp_path / "a b.safetensors", tmp_path / "update.safetensors"]
+    for seed, path in enumerate(paths):
+        write_lora(path, with_changes(copy.deepcopy(tiny_like(model)), seed=seed))
+    one, other = (model.load_lora(path, 0.5) for path in paths)
+    assert model.load_lora(paths[0], 0) not in (one, other)  # once more, under another name
+    changed = ours(model, "ddim")
+    (image,) = model.sample(["a fox"], steps=1, height=64, width=64, progress=False)
+    assert f"LoRA: {one}:0.5, {other}:0.5, a_b_:0" in image.info["parameters"].replace('"', "")
+    model.save_pretrained(tmp_path / "whole")
+    model.export(tmp_path / "whole.safetensors")
+    assert_same(ours(model, "ddim"), changed)
+    assert_same(ours(StableDiffusion.from_pretrained(tmp_path / "whole", "cpu"), "ddim"), changed)
+    assert not any("changes" in name for name in load_file(tmp_path / "whole.safetensors"))
+    for name in (one, other):
+        model.set_lora_scale(name, 0)
+    assert torch.equal(ours(model, "ddim")[0], base[0])
+    with pytest.raises(ValueError, match="loaded are a_b"):
+        model.set_lora_scale("c", 1)
+    with pytest.raises(ValueError, match="scale must be finite"):
+        model.set_lora_scale(one, float("nan"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def spoil(tensors: dict[str, Tensor], how: str, path: Path) -> None:
+    name = next(iter(tensors))
+    if how == "other base":
+        tensors = {k: torch.randn(4, 2 * t.shape[1], *t.shape[2:]) if "lora_A" in k else t for k, t in tensors.items()}
+    elif how == "other layers":
+        tensors = {k.replace("mid_block", "mid_blocks"): t for k, t in tensors.items()}
+    elif how == "other rank":
+        tensors[name] = tensors[name][:2].clone()
+    elif how == "rank 0":
+        tensors = {k: (t[:0] if "lora_A" in k else t[:, :0]).clone() for k, t in tensors.items()}
+    elif how == "nan":
+        tensors[name] = tensors[name] * float("nan")
+    elif how == "half is missing":
+        del tensors[name]
+    elif how == "dora":
+        tensors[name.replace("lora_A.weight", "lora_magnitude_vector")] = torch.ones(4)
+    elif how == "a whole model":
+        tensors = {"unet.conv_in.weight": torch.ones(2)}
+    elif how == "nothing":
+        tensors = {"x.alpha": torch.ones(())}
+    if how == "a pickle":
+        torch.save(nn.Linear(2, 2), path)
+    else:
+        save_file(tensors, path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("other base", "it was made for another base model"),
+        ("other layers", "does not have: it was made for another base model"),
+        ("other rank", "do not fit each other"),
+        ("rank 0", "do not fit each other"),
+        ("nan", "not finite"),
+        ("half is missing", "is not \\(only\\) a LoRA"),
+        ("dora", "lora_magnitude_vector"),
+        ("a whole model", "unet.conv_in.weight"),
+        ("nothing", "x.alpha"),
+        ("a pickle", "pickle under a false name"),
+        ("truncated", "cut short or damaged"),
+    ],
+)
+def test_bad_files_are_one_sentence_and_change_nothing(folder: Path, tmp_path: Path, how: str, message: str) -> None:
+    model = StableDiffusion.from_pretrained(folder, "cpu")
+    write_lora(tmp_path / "good.safetensors", with_changes(copy.deepcopy(model.unet)))
+    spoil(load_file(tmp_path / "good.safetensors"), how, tmp_path / "bad.safetensors")
+    before = {name: t.clone() for name, t in model.unet.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as raised:
+        model.load_lora(tmp_path / "bad.safetensors")
+    assert "\n" not in str(raised.value)
+    assert "bad.safetensors" in str(raised.value)
+    after = model.unet.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not model.loras
+
+
+def test_where_a_file_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"the LoRA '\./nowhere' does not exist"):
+        lora_file("./nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds 0 \.safetensors files"):
+        lora_file(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "any.safetensors")
+    assert lora_file(tmp_path).name == "any.safetensors"
+    save_file({"a": torch.ones(1)}, tmp_path / "another.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"holds 2 \.safetensors files"):
+        lora_file(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    assert lora_file(tmp_path).name == "pytorch_lora_weights.safetensors"

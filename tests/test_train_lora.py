@@ -1,0 +1,209 @@
+"""Training by LoRA: what is trained, saved, resumed and foretold."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lora
+import sample_stable_diffusion
+import train_stable_diffusion as script
+from diffusion_model import UNet, UNetConfig
+from images import read_parameters
+from published import read_lora
+from stable_diffusion_model import StableDiffusion
+from tests.tiny import tiny_model, tiny_unet
+from training import low_rank
+from training.memory_forecast import forecast
+from training.options import parse_options
+from training.presets import PRESETS, UNetOptions
+from training.reproducible import EMA
+from training.run_folder import load_checkpoint
+from training.script import UserError
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("training.memory_forecast.rehearse_step", lambda *_: 0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_model().save_pretrained(path)
+    return path
+
+
+def train(base: Path, output: Path, *more: str) -> Path:
+    script.main([
+        *("--preset", "lora", "--pretrained", str(base), "--dataset", "monsters:8", "--resolution", "64"),
+        *("--max_steps", "6", "--batch_size", "4", "--gradient_accumulation", "2", "--warmup_steps", "1"),
+        *("--learning_rate", "1e-2", "--validation_share", "0.25", "--preview_prompts", "a fox", "--log_every", "1"),
+        *("--checkpoint_every", "3", "--validate_every", "3", "--preview_steps", "1", "--device", "cpu"),
+        *("--precision", "float32", "--wandb", "off", "--save_precision", "float32"),
+        *("--output_dir", str(output), *more),
+    ])  # fmt: skip
+    return output
+
+
+def learned(run: Path) -> dict:
+    return load_checkpoint(run, torch.device("cpu"))
+
+
+def test_only_the_low_rank_weights_are_trained_and_kept(base: Path, tmp_path: Path, capsys) -> None:
+    run = train(base, tmp_path / "run")
+    state = learned(run)
+    assert state["unet"].keys() == state["ema"].keys()
+    assert all(".changes.default." in name for name in state["unet"])
+    assert all(t.any() for t in state["ema"].values())
+    assert not (run / "model").exists()
+    assert sum(file.stat().st_size for file in (run / "lora").iterdir()) < 100_000
+    assert (run / "best_lora").exists()
+    assert (run / "samples" / "latest.png").exists()
+
+    # The file holds the average, and what it does to the model is what was trained.
+    model = StableDiffusion.from_pretrained(base, "cpu")
+    unet = model.unet
+    before = {name: t.clone() for name, t in unet.state_dict().items()}
+    model.load_lora(run / "lora")
+    changed = lora.adapted(unet)
+    assert list(changed) == lora.targets(tiny_unet())
+    for name, layer in changed.items():
+        down, up = (state["ema"][f"{name}.changes.default.{half}.weight"] for half in ("down", "up"))
+        torch.testing.assert_close(layer.weight, before[f"{name}.weight"] + up @ down)
+    printed = capsys.readouterr().out
+    command = next(line for line in printed.splitlines() if line.startswith("Sample from it:"))
+    assert command.endswith(f"--model {base} --lora {run / 'lora'}")
+    assert "AdamW" not in printed.split("Memory:")[1].split("\n")[0]  # too small to be listed
+
+
+def test_a_resumed_run_ends_with_the_same_bits(base: Path, tmp_path: Path) -> None:
+    whole = learned(train(base, tmp_path / "whole"))
+    cut = train(base, tmp_path / "cut")
+    for checkpoint in (cut / "checkpoints").iterdir():
+        if "000003" not in checkpoint.name:
+            checkpoint.unlink()
+    assert learned(cut)["step"] == 3
+    script.main(["--preset", "lora", "--output_dir", str(cut), "--resume"])
+    assert learned(cut)["step"] == 6
+    for part in ("unet", "ema"):
+        assert all(torch.equal(whole[part][name], learned(cut)[part][name]) for name in whole[part])
+
+
+def test_another_base_is_no_base_to_resume_on(base: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "run", "--max_steps", "3")
+    with torch.no_grad():
+        model.unet.conv_in.weight[0, 0, 0, 0] += 1
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="has other weights than when the run was begun"):
+        script.main(["--preset", "lora", "--output_dir", str(tmp_path / "run"), "--resume", "--max_steps", "6"])
+
+
+def test_a_frozen_matrix_in_bfloat16_changes_no_bit() -> None:
+    """Autocast computes in copies of that type anyway."""
+    options = UNetOptions(lora_rank=2, pretrained="x")
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), torch.randn(2, 77, 32)
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    results = []
+    for precision in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        network = tiny_unet()
+        network.load_state_dict(unet.state_dict())
+        low_rank.adapt(network, options, precision)
+        for change in (layer.changes["default"] for layer in lora.adapted(network).values()):
+            torch.nn.init.normal_(change.up.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+            torch.nn.init.normal_(change.down.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            out = network(x, t, context)
+        out.float().square().mean().backward()
+        results.append((out, [p.grad for p in network.parameters() if p.requires_grad]))
+        assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert network.conv_in.weight.dtype == torch.bfloat16
+    assert network.conv_norm_out.weight.dtype == torch.float32
+    assert next(iter(lora.adapted(network).values())).changes["default"].up.weight.dtype == torch.float32
+
+
+def test_the_average_shares_what_is_frozen() -> None:
+    unet = low_rank.adapt(tiny_unet(), UNetOptions(lora_rank=2), torch.float32)
+    average = EMA(unet, 0.5)
+    with torch.no_grad():
+        for p in unet.parameters():
+            if p.requires_grad:
+                p += 1
+    before = [p.clone() for p in average.module.parameters()]
+    average.update(unet, 10)
+    for (name, p), own, old in zip(unet.named_parameters(), average.module.parameters(), before, strict=True):
+        assert (own is p) == ("changes" not in name)
+        assert torch.equal(own, old) == ("changes" not in name)
+
+
+def test_what_does_not_go_together(base: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"lora_rank": 4}, "--lora_rank: LoRA changes a model that is trained already; say which with --pretrained"),
+        ({"lora_rank": 4, "pretrained": "x", "ema_on_cpu": True}, "--ema_on_cpu: the average of a LoRA is small"),
+    ):
+        with pytest.raises(UserError, match=message):
+            low_rank.check(UNetOptions(**options))
+    with pytest.raises(UserError, match="--lora_rank"):
+        script.main(["--preset", "monsters", "--lora_rank", "4", "--output_dir", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+def test_eight_gigabytes_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset at 512×512: Stable Diffusion 1.5."""
+    monkeypatch.undo()
+    options = parse_options(UNetOptions, ["--preset", "lora", "--dataset", "x"], PRESETS, "pokemon")
+    with torch.device("meta"):
+        unet = low_rank.adapt(UNet(UNetConfig()), options, torch.bfloat16)
+    micro_batch = options.batch_size // options.gradient_accumulation
+    adapt = partial(low_rank.adapt, options=options, precision=torch.bfloat16)
+    plan = forecast(
+        unet, [], (micro_batch, 64, 64), 77, 0, torch.device("cpu"), torch.bfloat16, options.gradient_accumulation,
+        checkpointing=options.gradient_checkpointing, averaged=bool(options.ema_decay), adapt=adapt,
+    )  # fmt: skip
+    assert plan.parts["weights"] < 1.8e9
+    assert plan.parts["gradients"] < 1e7
+    assert plan.total < 8e9
+
+
+def test_thirty_images_without_captions(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "drawings").mkdir()
+    for k in range(6):
+        Image.new("RGB", (70, 64), (40 * k, 0, 90)).save(tmp_path / "drawings" / f"{k}.png")
+    words = ("--dataset", str(tmp_path / "drawings"), "--caption", "a drawing of sks")
+    run = train(base, tmp_path / "run", *words, "--validation_share", "0", "--batch_size", "2")
+    assert read_lora(run / "lora" / "pytorch_lora_weights.safetensors")["unet"]
+
+    # And sampled from, by the command line.
+    monkeypatch.chdir(tmp_path)
+    other = str(shutil.copytree(run / "lora", run / "other"))
+    small = ["--steps", "1", "--height", "64", "--width", "64", "--device", "cpu", "--model", str(base)]
+    pixels = {}
+    for words, said in (
+        ([], None),
+        (["--lora", str(run / "lora"), "--lora_scale", "0"], "lora:0"),
+        (["--lora", str(run / "lora")], "lora:1"),
+        (["--lora", str(run / "lora"), "--lora", other, "--lora_scale", "0.5"], "lora:0.5, other:1"),
+    ):
+        sample_stable_diffusion.main(["a drawing of sks", *small, *words, "--output", "x.png"])
+        assert read_parameters("x.png").get("LoRA") == said
+        pixels[said] = np.asarray(Image.open("x.png")).astype(int)
+    assert (pixels["lora:0"] == pixels[None]).all()
+    assert (pixels["lora:1"] != pixels[None]).any()
+    with pytest.raises(UserError, match="--lora_scale: give a --lora for each"):
+        sample_stable_diffusion.parse(["a", "--lora_scale", "1"])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        sample_stable_diffusion.main(["a", *small, "--lora", "./nowhere.safetensors"])

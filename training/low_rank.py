@@ -1,0 +1,73 @@
+"""Training by LoRA: a frozen U-Net with low-rank changes; what of it is trained, saved and averaged.
+
+Frozen matrices are kept in the type that autocast computes in. It would make the same copies of them in every step, so
+not a bit of the result changes, and they take half the memory.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lora
+from diffusion_model import UNet
+from published import write_lora
+from published.lora_files import FILE
+from stable_diffusion_model import StableDiffusion
+from training.presets import UNetOptions
+from training.script import UserError
+
+
+def check(options: UNetOptions) -> None:
+    """UserError for options that make no sense together with --lora_rank."""
+    if not options.lora_rank:
+        return
+    if not options.pretrained:
+        raise UserError("--lora_rank: LoRA changes a model that is trained already; say which with --pretrained.")
+    if options.ema_on_cpu:
+        raise UserError("--ema_on_cpu: the average of a LoRA is small; leave the option out, or --lora_rank.")
+
+
+def adapt(unet: UNet, options: UNetOptions, precision: torch.dtype) -> UNet:
+    """Freezes the U-Net and gives it the low-rank changes that the options ask for, if they do."""
+    if options.lora_rank:
+        unet.requires_grad_(False)
+        for module in unet.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(precision)
+        layers = lora.targets(unet, options.lora_layers)
+        lora.add(unet, layers, options.lora_rank, options.lora_alpha or options.lora_rank)
+    return unet
+
+
+def trained_state(network: nn.Module, trained: set[str]) -> dict[str, Tensor]:
+    """The weights whose names are in `trained`, by name: all of them, or those of the low-rank changes."""
+    return {name: tensor for name, tensor in network.state_dict().items() if name in trained}
+
+
+def load_trained(network: nn.Module, state: dict[str, Tensor], trained: set[str]) -> None:
+    """Takes up what `trained_state` gave. RuntimeError if the names or shapes are others."""
+    if state.keys() != trained:
+        odd = min(state.keys() ^ trained)
+        raise RuntimeError(f"{odd} is in one of them only")
+    network.load_state_dict(state, strict=False)
+
+
+def result(options: UNetOptions) -> str:
+    """The folder in the run folder that holds what was learned."""
+    return "lora" if options.lora_rank else "model"
+
+
+def write(folder: Path, model: StableDiffusion, options: UNetOptions) -> None:
+    """Writes what was learned: the whole model in the standard folder, or the LoRA alone."""
+    dtype = getattr(torch, options.save_precision)
+    if options.lora_rank:
+        write_lora(folder / FILE, model.unet, dtype=dtype)
+    else:
+        model.save_pretrained(folder, dtype)
+
+
+def chosen_by(options: UNetOptions, run_folder: Path) -> list[str]:
+    """The options of sample_stable_diffusion.py that take what was learned."""
+    learned = str(run_folder / result(options))
+    return ["--model", str(options.pretrained), "--lora", learned] if options.lora_rank else ["--model", learned]
