@@ -33,8 +33,8 @@ def adapt(unet: UNet, options: UNetOptions, precision: torch.dtype) -> UNet:
     if options.lora_rank:
         unet.requires_grad_(False)
         for module in unet.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(precision)
+            for name, p in module.named_parameters(recurse=False) if isinstance(module, nn.Linear | nn.Conv2d) else ():
+                setattr(module, name, nn.Parameter(p.to(precision), requires_grad=False))
         layers = lora.targets(unet, options.lora_layers)
         lora.add(unet, layers, options.lora_rank, options.lora_alpha or options.lora_rank)
     return unet
