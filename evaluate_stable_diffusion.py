@@ -130,6 +130,8 @@ def main(argv: list[str]) -> None:
     with user_errors():
         training = TrainingImages(options.dataset)
         model = StableDiffusion.from_pretrained(options.model, device=options.device)
+        for path in options.lora:
+            model.load_lora(path)
         judge = Judge.load(options.clip)
     if training.monsters:
         asked, shown = unseen_monsters(options.num_samples), []

@@ -97,7 +97,11 @@ def targets(network: nn.Module, which: str = "attention") -> list[str]:
 
 
 def add(network: nn.Module, layers: Iterable[str], rank: int, alpha: float, name: str = "default") -> list[LowRank]:
-    """Gives each of the `layers` a new change `name`, zero at the start; returns these. ValueError if it has one."""
+    """Gives each of the `layers` a new change `name`, zero at the start; returns these. ValueError if it has one.
+
+    Weights are unmerged before.
+    """
+    unmerge(network)
     return [add_to(network.get_submodule(layer), rank, alpha, name) for layer in layers]
 
 

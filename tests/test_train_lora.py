@@ -1,6 +1,9 @@
 """Training by LoRA: what is trained, saved, resumed and foretold."""
 
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from diffusion_model import UNet, UNetConfig
 from images import read_parameters
 from published import read_lora
 from stable_diffusion_model import StableDiffusion
+from tests.conftest import ROOT
+from tests.test_interchange import make_folder
 from tests.tiny import tiny_model, tiny_unet
 from training import low_rank
 from training.memory_forecast import forecast
@@ -208,3 +213,32 @@ def test_thirty_images_without_captions(base: Path, tmp_path: Path, monkeypatch:
         sample_stable_diffusion.parse(["a", "--lora_scale", "1"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         sample_stable_diffusion.main(["a", *small, "--lora", "./nowhere.safetensors"])
+
+
+@pytest.mark.slow
+def test_the_full_size_stays_within_eight_gigabytes(tmp_path: Path) -> None:
+    """Two steps of the preset on a model of SD 1.5's shape: what the process takes at most, loading included."""
+    folder = make_folder(tmp_path / "sd15", 1, full_size=True)
+    (tmp_path / "drawings").mkdir()
+    for k in range(4):
+        Image.new("RGB", (512, 512), (60 * k, 0, 90)).save(tmp_path / "drawings" / f"{k}.png")
+    argv = [
+        "--preset",
+        "lora",
+        "--pretrained",
+        str(folder),
+        "--dataset",
+        str(tmp_path / "drawings"),
+        "--caption",
+        "a fox",
+    ]
+    argv += ["--max_steps", "2", "--preview_every", "0", "--validation_share", "0", "--wandb", "off", "--device", "cpu"]
+    argv += ["--output_dir", str(tmp_path / "run"), "--precision", "bfloat16"]
+    code = f"import train_stable_diffusion as s; s.main({argv}); print(open('/proc/self/status').read())"
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    foretold = float(ended.stdout.split("Memory: about ")[1].split()[0])
+    peak = int(ended.stdout.split("VmHWM:")[1].split()[0]) / 1e6
+    print(f"foretold {foretold} GB, at most {peak} GB")
+    assert foretold < 8 and peak < 8

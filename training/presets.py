@@ -161,7 +161,6 @@ PRESETS["lora"] = PRESETS["finetune"] | {
     "lora_rank": 8,
     "output_dir": "stable_diffusion_results/my_lora",
     "max_steps": 1000,
-    "gradient_accumulation": 4,
     "learning_rate": 2e-4,
     "warmup_steps": 50,
     "ema_decay": 0.99,
@@ -291,6 +290,7 @@ class EvaluationOptions:
 
     # fmt: off
     model: str = option(str(_HERE / "stable_diffusion_results" / "monsters" / "model"), "the model: folder, hub id or single file", group="what is measured")
+    lora: list[str] = option([], "one or more LoRAs, added to the model: files, folders or hub ids")
     dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
     clip: str = option(str(_HERE / "stable_diffusion_results" / "clip"), "judges whether images show their prompts: folder or hub id of a whole CLIP")
     num_samples: int = option(100, "images to sample", at_least=1)
