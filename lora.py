@@ -15,7 +15,7 @@ where it is, with its name and weight. So it works for the U-Net and for CLIP, w
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +125,13 @@ def adapted(network: nn.Module) -> dict[str, LoRALinear | LoRAConv2d]:
 
 def set_scale(network: nn.Module, name: str, scale: float) -> None:
     """How strongly the change `name` counts from now on: 0 = not at all, 1 = as it was trained."""
-    with _keeping_merged(network):
-        for layer in adapted(network).values():
-            if name in layer.changes:
-                layer.changes[name].scale = scale
+    was_merged = _is_merged(network)
+    unmerge(network)
+    for layer in adapted(network).values():
+        if name in layer.changes:
+            layer.changes[name].scale = scale
+    if was_merged:
+        merge(network)
 
 
 @torch.no_grad()
@@ -155,35 +158,32 @@ def remove(network: nn.Module) -> None:
     """Makes it the network that it was before any `add`."""
     unmerge(network)
     for layer in adapted(network).values():
-        del layer.changes, layer.unmerged
-        layer.__class__ = PLAIN[type(layer)]
+        _make_plain(layer)
 
 
 @contextlib.contextmanager
 def as_one_network(network: nn.Module) -> Iterator[None]:
     """Within, it is a plain network whose weights contain the changes, to be written as such."""
-    layers = adapted(network)
-    with _keeping_merged(network):
-        merge(network)
-        kept = {name: (layer.changes, layer.unmerged) for name, layer in layers.items()}
-        for layer in layers.values():
-            del layer.changes, layer.unmerged
-            layer.__class__ = PLAIN[type(layer)]
-        try:
-            yield
-        finally:
-            for name, layer in layers.items():
-                layer.__class__ = ADAPTED[type(layer)]
-                layer.changes, layer.unmerged = kept[name]
-
-
-@contextlib.contextmanager
-def _keeping_merged(network: nn.Module) -> Iterator[None]:
-    """Whatever is done within, weights are merged afterwards if they were before, else not."""
-    after: Callable = merge if any(layer.unmerged for layer in adapted(network).values()) else unmerge
-    unmerge(network)
+    layers, was_merged = adapted(network), _is_merged(network)
+    merge(network)
+    kept = {name: (layer.changes, layer.unmerged) for name, layer in layers.items()}
+    for layer in layers.values():
+        _make_plain(layer)
     try:
         yield
     finally:
-        unmerge(network)
-        after(network)
+        for name, layer in layers.items():
+            layer.__class__ = ADAPTED[type(layer)]
+            layer.changes, layer.unmerged = kept[name]
+        if not was_merged:
+            unmerge(network)
+
+
+def _is_merged(network: nn.Module) -> bool:
+    return any(layer.unmerged for layer in adapted(network).values())
+
+
+def _make_plain(layer: LoRALinear | LoRAConv2d) -> None:
+    """A layer of its first class, with the weight that it has now."""
+    del layer.changes, layer.unmerged
+    layer.__class__ = PLAIN[type(layer)]
