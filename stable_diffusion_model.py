@@ -153,6 +153,8 @@ class StableDiffusion:
         Layouts of diffusers, peft and kohya; several add up. Sampling is as fast as without. ValueError or
         FileNotFoundError, in one sentence, if it is damaged, no LoRA, or made for another base model.
         """
+        if not math.isfinite(scale):
+            raise ValueError(f"{path_or_hub_id}: the scale of a LoRA must be a finite number, not {scale}.")
         file = lora_file(path_or_hub_id)
         changes = read_lora(file)
         name = re.sub(r"\W", "_", file.parent.name if file.stem == "pytorch_lora_weights" else file.stem) or "lora"

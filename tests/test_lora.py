@@ -334,6 +334,10 @@ def test_a_model_with_loras(folder: Path, tmp_path: Path) -> None:
         model.set_lora_scale("c", 1)
     with pytest.raises(ValueError, match="scale must be finite"):
         model.set_lora_scale(one, float("nan"))
+    loaded = dict(model.loras)
+    with pytest.raises(ValueError, match="must be a finite number, not inf"):
+        model.load_lora(paths[0], float("inf"))
+    assert model.loras == loaded
 
 
 # ----------------------------------------------------------------------------------------------------------------------
