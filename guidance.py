@@ -58,16 +58,25 @@ class Guidance:
         spread, too_wide = (p.std(dim=(1, 2, 3), keepdim=True) for p in (conditional, guided))  # (N, 1, 1, 1)
         return guided * (self.rescale * spread / too_wide.clamp(min=1e-12) + 1 - self.rescale)
 
-    def predict(self, model: Model, x_t: Tensor, context: Tensor, empty: Tensor, t: float, alpha_bar: float) -> Tensor:
+    def contexts(self, context: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodings of the prompts and of the negative prompts (N, L, D) → what `predict` takes, the same at all steps.
+
+        That is what the model is told within the interval, (2N, L, D) where it takes both, and outside.
+        """
+        if not self.needs_unconditional:
+            return context, context
+        return (empty if self.scale == 0 else torch.cat([empty, context])), context
+
+    def predict(self, model: Model, x_t: Tensor, inside: Tensor, outside: Tensor, t: float, alpha_bar: float) -> Tensor:
         """The guided prediction (N, 4, h, w) for x_t at timestep t, where ᾱ is `alpha_bar`; calls `model` once.
 
-        `context` and `empty` (N, L, D) are the encodings of the prompts and of the negative prompts.
+        `inside` and `outside` are what `contexts` gave.
         """
         low, high = self.interval
         sigma = noise_level(alpha_bar) if alpha_bar > 0 else math.inf
-        if not self.needs_unconditional or not low <= sigma <= high:
-            return model(x_t, t, context)
-        if self.scale == 0:
-            return model(x_t, t, empty)
-        both = model(torch.cat([x_t, x_t]), t, torch.cat([empty, context]))  # one batch of 2N
+        if not low <= sigma <= high:
+            return model(x_t, t, outside)
+        if self.scale in (0, 1):
+            return model(x_t, t, inside)
+        both = model(torch.cat([x_t, x_t]), t, inside)  # one batch of 2N
         return self.combine(*both.chunk(2))

@@ -8,6 +8,7 @@ Letters: N images, h = H/8 and w = W/8 the size of their latents, L text positio
 """
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
-from diffusion_model import UNet
+from diffusion_model import Context, UNet
 from guidance import Guidance
 from images import format_parameters, image_to_mask, image_to_pixels, pixels_to_images
 from noise_schedule import NoiseSchedule
@@ -91,6 +92,9 @@ class StableDiffusion:
                 f"The U-Net takes {unet.config.in_channels} channels, but the VAE's latents have "
                 f"{vae.config.latent_channels}: inpainting U-Nets (9 channels) and the like are not supported."
             )
+        # Channels-last samples fastest: on two cores 1.2 times in bfloat16 and 1.1 in float32 at 512×512, and equal at
+        # 128×128. What the U-Net trains in is another matter, see `UNet.laid_out`.
+        unet, vae = (network.to(memory_format=torch.channels_last) for network in (unet, vae))
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self.schedule = schedule
         # A folder's own config is not mixed with our defaults: for what it leaves out, each sampler has its own.
@@ -312,6 +316,10 @@ class StableDiffusion:
         context = prompts if encoded else self._encode_each_prompt(texts)  # (N, L, D)
         empty = self._encode_each_prompt(negatives) if guidance.needs_unconditional else context
         context, empty = (encoding.to(self.device, self.dtype) for encoding in (context, empty))
+        together = 1 if self.device.type == "cpu" else n  # a CPU gains nothing from a batch, and so gives the same bits
+        parts = zip(context.split(together), empty.split(together), strict=True)
+        contexts = [guidance.contexts(*part) for part in parts]
+        keys_and_values = functools.cache(self.unet.keys_and_values)  # computed once, not in every step
 
         # The start: noise alone, or an image under noise.
         latents = None if original is None else self._encode_each_image(original, generators)
@@ -325,14 +333,17 @@ class StableDiffusion:
 
         # Noise → latents.
         level_at = dict(zip(grid.timesteps, grid.levels, strict=True))
-        together = 1 if self.device.type == "cpu" else n  # a CPU gains nothing from a batch, and so gives the same bits
+
+        def model(x_t: Tensor, t: float, context: Tensor) -> Tensor:
+            return self._predict(x_t, t, keys_and_values(context))
+
         with tqdm(total=len(grid), desc=f"sampling with {sampler}", unit="step", disable=not progress) as bar:
 
             def predict(x_t: Tensor, t: float) -> Tensor:
-                parts = zip(*(tensor.split(together) for tensor in (x_t, context, empty)), strict=True)
-                guided = torch.cat([guidance.predict(self._predict, *part, t, level_at[t]) for part in parts])
+                parts = zip(x_t.split(together), contexts, strict=True)
+                guided = [guidance.predict(model, part, *told, t, level_at[t]) for part, told in parts]
                 bar.update()
-                return guided
+                return torch.cat(guided)
 
             x0 = SAMPLERS[sampler](predict, x, self.schedule, grid, noise=draw, callback=callback, eta=eta)
 
@@ -385,7 +396,7 @@ class StableDiffusion:
         encodings = {text: self.encode_prompts([text]) for text in dict.fromkeys(texts)}
         return torch.cat([encodings[text] for text in texts])
 
-    def _predict(self, x_t: Tensor, t: float, context: Tensor) -> Tensor:
+    def _predict(self, x_t: Tensor, t: float, context: Context) -> Tensor:
         """The U-Net's prediction (N, 4, h, w), ε or v, in float32."""
         timesteps = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
         return self.unet(x_t.to(self.dtype), timesteps, context).float()

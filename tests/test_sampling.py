@@ -211,6 +211,39 @@ def test_guidance_between_two_noise_levels(model, calls):
     assert torch.equal(never, sample(model, guidance_scale=1)[0])
 
 
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({}, [2]),  # both halves of the guidance batch at once
+        ({"guidance_scale": 1}, [1]),
+        ({"guidance_scale": 0}, [1]),
+        ({"guidance_interval": (0, 1)}, [1, 2]),  # outside and inside
+        ({"guidance_interval": (1e6, 1e7)}, [1]),
+    ],
+)
+@pytest.mark.parametrize("steps", [4, 7])
+def test_the_text_is_projected_once_and_not_in_every_step(model, options, texts, steps):
+    cross = next(module for name, module in model.unet.named_modules() if name.endswith("attn2"))
+    seen: list[int] = []
+    hook = cross.to_k.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    sample(model, steps=steps, **options)
+    hook.remove()
+    assert seen == [n for n in texts for _ in PROMPTS]  # each image by itself, on a CPU
+
+
+def test_it_samples_channels_last_whatever_the_networks_came_in(model):
+    def layout(network: torch.nn.Module) -> list[bool]:
+        filters = [weight for weight in network.parameters() if weight.ndim == 4 and weight.shape[-1] == 3]
+        return [weight.is_contiguous(memory_format=torch.channels_last) for weight in filters]
+
+    parts = tiny_model().parts
+    for network in (parts.unet, parts.vae):
+        network.to(memory_format=torch.contiguous_format)
+        assert not any(layout(network))
+    again = StableDiffusion(*parts).to("cpu")
+    assert layout(again.unet) and all(layout(again.unet)) and all(layout(again.vae))
+
+
 def test_rescaled_guidance_restores_the_conditional_spread():
     """Lin et al. 2024: at φ = 1 the guided prediction is as wide as the conditional one, image by image."""
     torch.manual_seed(0)

@@ -55,6 +55,23 @@ def test_on_a_cpu_it_is_laid_out_contiguous() -> None:
     assert unet.laid_out("cpu") is unet and all(weight.is_contiguous() for weight in unet.parameters())
 
 
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "compiled"])
+@torch.no_grad()
+def test_keys_and_values_made_beforehand_change_no_bit(how: str) -> None:
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    unet = randomised(tiny_unet()).to(dtype)
+    network = torch.compile(unet, backend="eager", fullgraph=True) if how == "compiled" else unet
+    x, t = torch.randn(2, 4, 16, 16, dtype=dtype), torch.tensor([7.0, 500.0])
+    for _ in range(2):  # not those of the text before
+        context = torch.randn(2, 77, unet.config.context_dim, dtype=dtype)
+        beforehand = unet.keys_and_values(context)
+        assert torch.equal(network(x, t, beforehand), unet(x, t, context))
+    crosses = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    assert crosses == list(beforehand)
+    with pytest.raises(ValueError, match="context is 5 wide"):
+        unet.keys_and_values(torch.randn(2, 77, 5))
+
+
 @pytest.mark.parametrize("length", [3, 77, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_and_its_gradients_are_those_of_pytorch(dtype: torch.dtype, length: int) -> None:
