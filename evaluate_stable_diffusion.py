@@ -10,6 +10,8 @@ samples images (for unseen captions of monsters, or for the data set's own capti
 - Memorisation: the distance of each sample to its nearest training image (or that image's mirror), against the same
   distance for images that cannot be copies: monsters drawn afresh, or each training image against all others. Samples
   that are nearer than 99 % of those are called copies.
+- Attention (monsters): how much the words for wings, tail and so on look at these parts of real drawings, against the
+  area of the parts' boxes, by layer of the U-Net and by timestep; 1 = no preference. `attention.png` shows it.
 - VAE ceiling: PSNR and SSIM of images that only went through the VAE; no sample can be sharper than these.
 """
 
@@ -39,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import monsters
+from evaluation.attention import attention_sheet, parts_named, score_parts, sharpest_layer
 from evaluation.obedience import FIRST_UNSEEN, Judge, measure_monsters, unseen_monsters
 from images import captioned_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
@@ -48,6 +51,7 @@ from training.reconstruction import measure, to_bytes
 from training.script import UserError, run, user_errors
 
 THUMBNAIL = 64  # pixels a side at which images are compared
+ATTENTIVE = 64  # monsters, at most, whose words are looked at
 
 
 class TrainingImages:
@@ -148,6 +152,16 @@ def main(argv: list[str]) -> None:
     else:
         real = pixels_to_images(training.pixels(shown, 256) / 2 + 0.5)
         report["obedience"] = judge.with_controls(made, real, prompts)
+
+    # Where words look
+    if asked:
+        parts_of = {m.index: len(parts_named(monsters.describe(m.index), m.caption)) for m in asked}
+        indices = [index for index, parts in parts_of.items() if parts][:ATTENTIVE]
+        attention = score_parts(model, indices, options.resolution)
+        if attention:
+            layer, most = sharpest_layer(attention), sorted(indices, key=lambda index: -parts_of[index])[:6]
+            report["attention_on_parts"] = {"sharpest_layer": layer, "parts": attention}
+            save_png(attention_sheet(model, most, options.resolution, layer), folder / "attention.png")
 
     # Memorisation, at thumbnail size
     known = training.pixels(list(range(len(training))), THUMBNAIL)

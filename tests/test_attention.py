@@ -1,0 +1,158 @@
+"""Attention maps: they record without changing anything, and the scores can say no."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import monsters
+from evaluation import attention
+from evaluation.attention import attention_maps, looked_at, map_of, parts_named, positions_of
+from evaluation.obedience import SHIPPED_CLIP, unseen_monsters
+from published import load_text_encoder
+from stable_diffusion_model import StableDiffusion
+from tests.tiny import tiny_model
+from text_encoder import TextEncoder
+
+PROMPT = "a red fox with bat wings"
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    """The shipped one, which knows whole words."""
+    return load_text_encoder(SHIPPED_CLIP)
+
+
+@pytest.fixture(scope="module")
+def model() -> StableDiffusion:
+    torch.manual_seed(0)
+    return tiny_model()
+
+
+def latents_of(model: StableDiffusion) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    model.sample(PROMPT, steps=3, height=64, width=72, progress=False, callback=lambda i, t, x, x0: seen.append(x))
+    return torch.stack(seen)
+
+
+def test_recording_changes_no_bit_and_ends_with_the_block(model: StableDiffusion) -> None:
+    plain = latents_of(model)
+    with pytest.raises(RuntimeError, match="stop"), attention_maps(model.unet) as maps:
+        recorded = latents_of(model)
+        raise RuntimeError("stop")
+    assert torch.equal(recorded, plain) and len(maps) > 0
+    count = len(maps)
+    assert torch.equal(latents_of(model), plain) and len(maps) == count
+    hooked = [module for module in model.unet.modules() if module._forward_pre_hooks or module._forward_hooks]
+    assert hooked == []
+
+
+def test_every_cross_attention_of_every_step_is_there_and_sums_to_one_over_the_words(model: StableDiffusion) -> None:
+    timesteps = []
+    with attention_maps(model.unet) as maps:
+        model.sample(
+            PROMPT, steps=3, height=64, width=72, progress=False, callback=lambda i, t, x, x0: timesteps.append(t)
+        )
+    layers = [name for name, _ in model.unet.named_modules() if name.endswith(".attn2")]
+    called = [(one.layer, one.timestep) for one in maps]  # in the order of the calls: down, middle, up
+    assert sorted(called) == sorted((layer, t) for t in timesteps for layer in layers) and len(timesteps) == 3
+    assert called[0][1] == timesteps[0] and called[-1][1] == timesteps[-1]
+    for one in maps:
+        assert one.weights.shape[:2] == (2, model.text_encoder.length)  # without prompt, and with it
+        torch.testing.assert_close(one.weights.sum(dim=1), torch.ones(2, *one.weights.shape[2:]))
+    sizes = {tuple(one.weights.shape[-2:]) for one in maps}
+    assert all(8 * w == 9 * h or w > h for h, w in sizes)  # not transposed
+
+
+def test_the_weights_are_those_that_made_the_output(model: StableDiffusion) -> None:
+    """Times the values, they give what the layer gives; with one head, for its mean is what is recorded."""
+    cross = attention.CrossAttention(8, 6, heads=1)
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
+    weights = attention.attention_weights(cross, x, context)
+    assert weights.shape == (2, 7, 5)
+    _, values = cross.keys_and_values(context)
+    torch.testing.assert_close(cross.to_out[0](weights.mT @ values[:, 0]), cross(x, context))
+    beforehand = {cross: cross.keys_and_values(context)}
+    assert torch.equal(attention.attention_weights(cross, x, beforehand), weights)
+
+
+def test_words_are_found_by_their_tokens(encoder: TextEncoder) -> None:
+    ids, _ = encoder.tokens(PROMPT)
+    found = positions_of(encoder, PROMPT, "bat wings")
+    assert encoder.tokenizer.decode([ids[i] for i in found]).strip() == "bat wings"
+    assert found == list(range(found[0], found[0] + len(found)))
+    for missing in ("tail", "", "wings bat"):
+        with pytest.raises(ValueError, match="does not stand in the prompt"):
+            positions_of(encoder, PROMPT, missing)
+
+
+def test_maps_of_several_sizes_are_laid_over_each_other() -> None:
+    left = torch.zeros(1, 3, 2, 2)
+    left[0, 1, :, 0] = 0.5
+    left[0, 2, :, 0] = 0.25
+    small = attention.AttentionMap("a", 0, left)
+    large = attention.AttentionMap("b", 0, left.repeat_interleave(4, -1).repeat_interleave(4, -2))
+    word = map_of([small, large], [1, 2], (16, 16))
+    assert word.shape == (16, 16)
+    assert word[:, 0].tolist() == pytest.approx([0.75] * 16) and word[:, -1].abs().max() == 0
+    with pytest.raises(ValueError, match="No attention was recorded"):
+        map_of([], [1], (16, 16))
+
+
+def test_looking_is_measured_against_the_area_of_the_box() -> None:
+    box = (0.5, 0.0, 1.0, 0.25)  # the upper right: an eighth
+    assert looked_at(torch.ones(32, 48), box) == pytest.approx(1)
+    inside = torch.zeros(32, 48)
+    inside[:8, 24:] = 1
+    assert looked_at(inside, box) == pytest.approx(8)
+    assert looked_at(inside.flip(-1), box) == looked_at(inside.flip(-2), box) == 0
+    assert looked_at(torch.ones(32, 48) + inside, box) == pytest.approx(16 / 9)
+
+
+def test_parts_are_named_as_in_the_caption_and_lie_where_they_are_drawn() -> None:
+    several = set()
+    for asked in unseen_monsters(60):
+        monster = monsters.describe(asked.index)
+        for part, (phrase, box) in parts_named(monster, asked.caption).items():
+            several.add(part)
+            assert phrase in asked.caption and box in monster.boxes.values()
+    assert several == {"wings", "tail", "ears or horns", "belly", "sign of the element"}
+
+
+def test_words_that_look_at_their_parts_score_high(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted attention: in one layer every named word looks at its part and nowhere else, in the other everywhere."""
+    model = SimpleNamespace(text_encoder=encoder)
+    asked = [one.index for one in unseen_monsters(6)]
+
+    def planted(model: StableDiffusion, index: int, resolution: int, timesteps: list[int]) -> list:
+        caption = monsters.caption(index)
+        weights = torch.full((1, model.text_encoder.length, 64, 64), 1e-9)
+        for phrase, (left, top, right, bottom) in parts_named(monsters.describe(index), caption).values():
+            for i in positions_of(model.text_encoder, caption, phrase):
+                weights[0, i, int(64 * top) : int(64 * bottom) + 1, int(64 * left) : int(64 * right) + 1] = 1
+        layers = {"sharp": weights, "blind": torch.ones_like(weights)}
+        return [attention.AttentionMap(name, t, one) for t in timesteps for name, one in layers.items()]
+
+    monkeypatch.setattr(attention, "maps_of_monster", planted)
+    report = attention.score_parts(model, asked, 256, (100, 900))
+    assert attention.sharpest_layer(report) == "sharp"
+    for part in report.values():
+        assert part["by_layer"]["sharp"] > 1.4 * part["other_words"]["by_layer"]["sharp"]
+        assert part["by_layer"]["sharp"] > 1.4 and part["by_layer"]["blind"] == pytest.approx(1)
+        assert 1 < part["overall"] < part["by_layer"]["sharp"]
+        assert part["by_timestep"] == {"100": part["overall"], "900": part["overall"]}
+    assert sum(part["monsters"] for part in report.values()) == sum(
+        len(parts_named(monsters.describe(i), monsters.caption(i))) for i in asked
+    )
+
+
+def test_the_sheet_shows_where_words_look(model: StableDiffusion) -> None:
+    """Of a real model, with real noise; as wide as the monster with the most parts needs."""
+    asked = [one.index for one in unseen_monsters(2)]
+    layer = next(name for name, _ in model.unet.named_modules() if name.endswith(".attn2"))
+    sheet = attention.attention_sheet(model, asked, 64, layer, (500,))
+    assert isinstance(sheet, Image.Image) and 2 * 160 <= sheet.width < 5 * 170  # it cuts captions off
+    assert len(sheet.getcolors(1 << 24)) > 100
+    report = attention.score_parts(model, asked, 64, (500,))
+    assert all(0 < part["overall"] < 10 and list(part["by_timestep"]) == ["500"] for part in report.values())
