@@ -76,8 +76,8 @@ FAULTS = [
     # What is judged and saved
     Fault("raw weights saved, validated and previewed", UNET, "model.unet = self.ema.module if self.ema else self.unet", "model.unet = self.unet", JUDGED),
     Fault("raw weights validated", UNET, "validation_loss(self.model.unet,", "validation_loss(self.unet,", JUDGED),
-    Fault("the prompt alone in the guidance batch", "guidance.py", "torch.cat([empty, context])), context", "torch.cat([context, context])), context", "test_sampling.py"),
-    Fault("keys of the wrong text", "stable_diffusion_model.py", "keys_and_values(context))", "keys_and_values(contexts[0][0]))", "test_sampling.py"),
+    Fault("the prompt alone in the guidance batch", "guidance.py", "torch.cat([empty, context])), context", "torch.cat([context, context])), context", "test_sampling.py::test_a_negative_prompt_counts"),
+    Fault("keys of the wrong text", "stable_diffusion_model.py", "keys_and_values(context))", "keys_and_values(contexts[0][0]))", "test_sampling.py::test_the_text_is_projected_once_and_not_in_every_step"),
     Fault("the text projected in every step", "stable_diffusion_model.py", "functools.cache(self.unet.keys_and_values)", "self.unet.keys_and_values", "test_sampling.py::test_the_text_is_projected_once_and_not_in_every_step"),
     Fault("raw weights previewed", UNET, "return self.model.sample(", "self.model.unet = self.unet; return self.model.sample(", JUDGED),
     Fault("raw weights saved", UNET, "lambda path: low_rank.write(", "lambda path: setattr(self.model, 'unet', self.unet) or low_rank.write(", JUDGED),
@@ -140,7 +140,7 @@ FAULTS = [
     # The evaluation
     Fault("`evaluate` always obedient", "evaluation/obedience.py", "a and b == c for a, b, c in", "True for a, b, c in", "test_evaluation.py::test_colours_counts_what_was_asked_for"),
     Fault("attention recorded for good", "evaluation/attention.py", "            hook.remove()", "            pass", "test_attention.py::test_recording_changes_no_bit_and_ends_with_the_block"),
-    Fault("attention over the pixels, not the words", "evaluation/attention.py", "q.shape[-1] ** -0.5, dim=-1)", "q.shape[-1] ** -0.5, dim=-2)", "test_attention.py"),
+    Fault("attention over the pixels, not the words", "evaluation/attention.py", "q.shape[-1] ** -0.5, dim=-1)", "q.shape[-1] ** -0.5, dim=-2)", "test_attention.py::test_the_weights_are_those_that_made_the_output"),
     Fault("attention not against the box's area", "evaluation/attention.py", " / inside.float().mean()", "", "test_attention.py::test_looking_is_measured_against_the_area_of_the_box"),
     Fault("the other words are the same words", "evaluation/attention.py", "for other in words if other != part", "for other in words", "test_attention.py::test_words_that_look_at_their_parts_score_high"),
     Fault("R-precision of the samples called that of real images", "evaluation/obedience.py", "self.r_precision(real, captions)", "self.r_precision(images, captions)", "test_evaluation.py::test_the_controls_are_the_real_images_and_other_captions"),
