@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import monsters
-from evaluation.attention import attention_sheet, parts_named, score_parts, sharpest_layer
+from evaluation.attention import attention_sheet, score_parts, sharpest_layer
 from evaluation.obedience import FIRST_UNSEEN, Judge, measure_monsters, unseen_monsters
 from images import captioned_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
@@ -155,13 +155,12 @@ def main(argv: list[str]) -> None:
 
     # Where words look
     if asked:
-        parts_of = {m.index: len(parts_named(monsters.describe(m.index), m.caption)) for m in asked}
-        indices = [index for index, parts in parts_of.items() if parts][:ATTENTIVE]
+        indices = [monster.index for monster in asked[:ATTENTIVE]]
         attention = score_parts(model, indices, options.resolution)
         if attention:
-            layer, most = sharpest_layer(attention), sorted(indices, key=lambda index: -parts_of[index])[:6]
+            layer = sharpest_layer(attention)
             report["attention_on_parts"] = {"sharpest_layer": layer, "parts": attention}
-            save_png(attention_sheet(model, most, options.resolution, layer), folder / "attention.png")
+            save_png(attention_sheet(model, indices, options.resolution, layer), folder / "attention.png")
 
     # Memorisation, at thumbnail size
     known = training.pixels(list(range(len(training))), THUMBNAIL)

@@ -92,7 +92,7 @@ class StableDiffusion:
                 f"The U-Net takes {unet.config.in_channels} channels, but the VAE's latents have "
                 f"{vae.config.latent_channels}: inpainting U-Nets (9 channels) and the like are not supported."
             )
-        # Channels-last samples fastest: on two cores 1.2 times in bfloat16 and 1.1 in float32 at 512×512, and equal at
+        # Channels-last samples fastest: on one core 1.2 times in bfloat16 and 1.1 in float32 at 512×512, and equal at
         # 128×128. What the U-Net trains in is another matter, see `UNet.laid_out`.
         unet, vae = (network.to(memory_format=torch.channels_last) for network in (unet, vae))
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae

@@ -228,9 +228,16 @@ def maps_of_monster(
 def attention_sheet(
     model: StableDiffusion, indices: Sequence[int], resolution: int, layer: str, timesteps: Sequence[int] = TIMESTEPS
 ) -> Image.Image:
-    """Real monsters, and beside each where the words for its parts look in one layer: bright is where they look."""
+    """Of real monsters, those six whose captions name most parts; beside each, bright, where these words look.
+
+    `layer` is the one cross-attention that is shown, by its name in the U-Net.
+    """
+
+    def parts(index: int) -> int:
+        return len(parts_named(monsters.describe(index), monsters.caption(index)))
+
     rows = []
-    for index in indices:
+    for index in sorted(indices, key=parts, reverse=True)[:6]:
         caption, drawing = monsters.caption(index), monsters.draw(index, 256)
         maps = [one for one in maps_of_monster(model, index, resolution, timesteps) if one.layer == layer]
         rows.append([(drawing, caption)])
@@ -293,8 +300,7 @@ def main() -> None:
             parser.error(f"--count {options.count}: none of these captions names a part; take more.")
         print(table(report))
         if options.sheet:
-            most = sorted(indices, key=lambda i: -len(parts_named(monsters.describe(i), monsters.caption(i))))[:6]
-            save_png(attention_sheet(model, most, options.resolution, sharpest_layer(report)), options.sheet)
+            save_png(attention_sheet(model, indices, options.resolution, sharpest_layer(report)), options.sheet)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
