@@ -15,7 +15,7 @@ Letters in the shape comments:
 """
 
 from training.options import answer_early, parse_options
-from training.presets import PARTS, PRESETS, what_to_do
+from training.presets import PARTS, PRESETS, check_objective, what_to_do
 from training.presets import UNetOptions as Options
 
 if __name__ == "__main__":
@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 import monsters
 from diffusion_model import UNet, UNetConfig
 from evaluation.obedience import judge_monsters
+from evaluation.timestep_loss import BINS, by_tenths, spread
 from images import image_sheet, save_png
 from noise_schedule import NoiseSchedule
 from pokemon_dataset import load_captioned_images
@@ -104,19 +105,6 @@ def unet_config(options: Options, latent_channels: int, context_dim: int) -> UNe
         context_dim=context_dim,
         norm_num_groups=options.norm_num_groups,
     )
-
-
-def check_objective(options: Options, schedule: NoiseSchedule) -> None:
-    """A pretrained U-Net goes on predicting what it learned to predict; UserError if something else is asked for."""
-    if options.prediction_type not in (None, schedule.prediction_type):
-        raise UserError(
-            f"--prediction_type {options.prediction_type}: {options.pretrained} predicts {schedule.prediction_type}, "
-            "which it goes on doing; leave the option out."
-        )
-    if options.zero_terminal_snr and not schedule.zero_terminal_snr:
-        raise UserError(
-            f"--zero_terminal_snr: the schedule of {options.pretrained} ends before pure noise; leave the option out."
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,27 +182,26 @@ def train_step(
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_losses(
     unet: nn.Module, data: CaptionedLatents, held_out: Tensor, model: StableDiffusion, processes: Processes
-) -> float:
-    """Unweighted loss on held-out images at fixed noise: numbers that can be compared along a run and between runs.
+) -> list[float]:
+    """Unweighted losses on held-out images at fixed noise, in the order of their timesteps, which are evenly spread.
 
-    Every image is seen at four timesteps or more, all together spread evenly over 0…T-1. Chunks of 8 go to processes
-    in turn, and are summed in one order, so that the result does not depend on how many there are.
+    Chunks of 8 go to processes in turn, and are put in one order, so that nothing depends on how many there are.
     """
-    device, images, T = held_out.device, len(held_out), model.schedule.num_timesteps
-    draws = max(4, math.ceil(64 / images))  # of each image
-    chunks = torch.arange(images * draws, device=device).split(8)
+    device = held_out.device
+    which, timesteps = spread(len(held_out), model.schedule.num_timesteps, device)
     losses: dict[int, list[float]] = {}
+    chunks = list(zip(held_out[which].split(8), timesteps.split(8), strict=True))
     for k in range(processes.rank, len(chunks), processes.count):
-        indices, t = held_out[chunks[k] % images], ((chunks[k] + 0.5) / (images * draws) * T).long()  # (8,) each
+        indices, t = chunks[k]
         never = torch.zeros_like(indices, dtype=torch.bool)
         moments, context = data.gather(indices, mirrored=never, drop_caption=never)
         latents = model.vae.scale_latents(DiagonalGaussian.from_moments(moments).mode())
         noise = torch.randn(latents.shape, generator=generator_for(device, "validation", k), device=device)
         losses[k] = diffusion_loss(unet, model.schedule, Batch(latents, noise, t, context), None).tolist()
     merged = {k: values for share in processes.gather(losses) for k, values in share.items()}
-    return math.fsum(value for values in merged.values() for value in values) / (images * draws)
+    return [value for k in sorted(merged) for value in merged[k]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,7 +212,9 @@ def validation_loss(
 class Run:
     """Model, data, optimizer and average of one training run, on one of its processes."""
 
-    COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "skipped_steps")
+    TENTHS = tuple(f"validation_loss_{i}" for i in range(1, BINS + 1))  # of the timesteps: 1 has the least noise
+    VALIDATION = ("validation_loss", *TENTHS)
+    COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "gradient_norm", "skipped_steps", *TENTHS)
 
     def __init__(self, options: Options, processes: Processes, folder: RunFolder | None) -> None:
         self.options, self.processes, self.folder = options, processes, folder
@@ -268,7 +257,7 @@ class Run:
             if state is None:
                 folder.start(options, self.COLUMNS)
             else:
-                undone = ["validation_loss"] if "validation" in state["undone"] else []
+                undone = list(self.VALIDATION) if "validation" in state["undone"] else []
                 folder.resume(options, state["step"], self.COLUMNS, undone)
             self.reporter.start_wandb("stable-diffusion-from-scratch")
             print(self.summary(), flush=True)
@@ -295,8 +284,9 @@ class Run:
         score = math.inf
         if self.reporter.due("validation"):
             with self.evaluation_mode():
-                score = validation_loss(self.model.unet, self.data, self.held_out, self.model, self.processes)
-            self.reporter.log(validation_loss=score)
+                losses = validation_losses(self.model.unet, self.data, self.held_out, self.model, self.processes)
+            score = math.fsum(losses) / len(losses)
+            self.reporter.log(validation_loss=score, **dict(zip(self.TENTHS, by_tenths(losses), strict=True)))
             self.reporter.say(f"step {self.reporter.step}: validation loss {score:.4f}")
         if self.reporter.due("preview"):
             with self.reporter.interruptible("preview"):
@@ -355,7 +345,10 @@ class Run:
             result = low_rank.result(self.options)
             for name in [result] + [f"best_{result}"] * is_best:
                 self.folder.write_folder(name, lambda path: low_rank.write(path, self.model, self.options))
-            self.folder.plot({"loss": "training (weighted)", "validation_loss": "held out"}, "loss")
+            part = self.model.schedule.num_timesteps // BINS
+            tenths = {name: f"held out, t = {i * part}…{(i + 1) * part - 1}" for i, name in enumerate(self.TENTHS)}
+            curves = {"loss": "training (weighted)", "validation_loss": "held out"}
+            self.folder.plot(curves, "loss", beside=tenths if len(self.held_out) else None)
         self.reporter.saved()
 
     def load(self, state: dict) -> None:

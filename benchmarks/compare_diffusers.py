@@ -3,6 +3,7 @@
     python -m benchmarks.compare_diffusers          # all rows, without SD 1.5
     python -m benchmarks.compare_diffusers --rows unet vae_decode --models pokemon sd15 --dtypes float32
     python -m benchmarks.compare_diffusers --table                  # what was measured, as a table
+    python -m benchmarks.compare_diffusers --profile --rows unet    # where each side's time goes, by kind of kernel
 
 Several take turns: this repository; diffusers as its documentation uses it, in the same dtype and, if that is bfloat16,
 in float32, too, its default; and diffusers tuned with what we do (memory layout, fused optimizer, `--compile`). A ratio
@@ -113,8 +114,8 @@ def training(case: Case, side: str, cached: bool) -> Callable[[], object]:
     model, parts, device = MODELS[case.model], build(case, side), torch.device(case.device)
     N, h, width = model.batch, model.train_side // 8, model.unet.context_dim
     if side == "ours":
-        moments = torch.randn(8 * N, 1, 8, h, h, device=device, dtype=torch.float16)
-        contexts = torch.randn(8 * N + 1, 77, width, device=device, dtype=torch.float16)
+        moments = torch.randn(N, 1, 8, h, h, device=device, dtype=torch.float16)
+        contexts = torch.randn(N + 1, 77, width, device=device, dtype=torch.float16)
         return Training(parts.unet, moments, contexts, N, case.torch_dtype, case.compile).step
 
     parameters = list(parts.unet.train().parameters())
@@ -216,6 +217,43 @@ def alone(side: str, case: Case) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 
 
+KERNELS = {  # operators by what they do
+    "convolutions": ("convolution", "conv2d"),
+    "matrix products": ("mm", "linear", "matmul"),
+    "attention": ("attention", "softmax"),
+    "norms": ("norm",),
+    "optimizer": ("foreach", "adam", "Optimizer"),
+}
+
+
+def profile(case: Case, side: str) -> dict[str, float]:
+    """Seconds of one turn by kind of kernel, the time inside operators themselves: the fastest turn of five."""
+    work = work_of(case, side)
+    work(), work()
+    turns = []
+    for _ in range(5):
+        with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profiler:
+            work()
+        spent = dict.fromkeys([*KERNELS, "the rest"], 0.0)
+        for event in profiler.key_averages():
+            kind = (name for name, parts in KERNELS.items() if any(part in event.key for part in parts))
+            own = event.self_device_time_total if case.device == "cuda" else event.self_cpu_time_total
+            spent[next(kind, "the rest")] += own / 1e6
+        turns.append(spent)
+    return min(turns, key=lambda spent: sum(spent.values()))
+
+
+def profile_table(case: Case) -> str:
+    """Markdown: of each kind of kernel, its time as a share of the whole of ours."""
+    spent = {side: profile(case, side) for side in case.sides()}
+    whole = sum(spent["ours"].values())
+    lines = [f"| {case.row}, {case.model}, {case.dtype} | {' | '.join(spent)} |", "| --- " * (1 + len(spent)) + "|"]
+    for kind in spent["ours"]:
+        lines.append(f"| {kind} | {' | '.join(f'{times[kind] / whole:.0%}' for times in spent.values())} |")
+    lines.append(f"| together | {' | '.join(f'{sum(times.values()) / whole:.0%}' for times in spent.values())} |")
+    return "\n".join(lines)
+
+
 def table(results: list[dict]) -> str:
     """Markdown, a row for each case."""
     head = (
@@ -243,10 +281,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile ours and the tuned")
     parser.add_argument("--rounds", type=int, default=8, choices=range(1, 1000), metavar="N")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
+    parser.add_argument("--profile", action="store_true", help="only print where the time goes")
     options = parser.parse_args()
     device = "cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda"
     choices = itertools.product(options.models, options.rows, options.dtypes)
     cases = [Case(row, model, dtype, device, options.compile) for model, row, dtype in choices]
+    if options.profile:
+        print("\n\n".join(profile_table(case) for case in cases))
+        return
     for case in [] if options.table else cases:
         result = measure(case, options.rounds) | machine(device)
         keep(RESULTS, [result], ("row", "model", "dtype", "device_name", "compile"))

@@ -4,10 +4,12 @@
     python -m benchmarks.scaling --rows images --model pokemon
     python -m benchmarks.scaling --table             # what was measured, as a table
 
-Four rows of numbers: images in the data set (the latents of up to 20,000 are made up on disk, in the files of the
+Five rows of numbers: images in the data set (the latents of up to 20,000 are made up on disk, in the files of the
 training cache), images in a batch, side of the images in pixels, and steps since the start. All values of one of the
 first three are timed in turn, several rounds over. Memory is what the run of a value has added after two steps: on
-a CPU without the mapped files (Linux), on a GPU the peak. The optimizer is AdamW, and there is no average.
+a CPU without the mapped files (Linux), on a GPU the peak. The optimizer is AdamW, and there is no average. The fifth,
+encoding, is what comes before the steps: seconds for an image when that many are encoded into an empty cache (monsters
+and their mirrors, drawn beforehand, and their captions), each value once.
 
 The share of the limit: the floating-point operations of a step, as PyTorch counts them (not those of fused attention in
 float32 on a CPU), over the rate at which this machine multiplied two large matrices of the same type in the same run.
@@ -19,17 +21,20 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import MODELS, Case, Training, build
 from benchmarks.measuring import keep, kept, machine, seconds
+from pokemon_dataset import load_captioned_images
 from stable_diffusion_model import choose_device
-from training.captioned_latents import memory_for_data
+from training.captioned_latents import memory_for_data, prepare
 from training.encoded_cache import EncodedCache, Rows, sha256
-from training.reproducible import resolve_precision
+from training.reproducible import Processes, resolve_precision
 
 RESULTS = Path(__file__).with_suffix(".json")
 ROWS = {
@@ -37,6 +42,7 @@ ROWS = {
     "batch": [8, 16, 32, 64, 128],
     "side": [64, 128, 192, 256],
     "steps": [1, 100, 200, 300],
+    "encoding": [125, 250, 500, 1000],
 }
 ROUNDS = 9
 
@@ -83,6 +89,8 @@ def row(name: str, model: str, device: torch.device, folder: Path) -> list[dict]
     usual = {"images": 500, "batch": shape.batch, "side": shape.train_side}
     if name == "steps":
         return list(along_a_run(training(model, device, folder, **usual), device))
+    if name == "encoding":
+        return [encoding(model, device, folder / str(images), images) for images in ROWS[name]]
     results, trainers = [], []
     for value in ROWS[name]:
         if device.type == "cuda":
@@ -111,6 +119,17 @@ def along_a_run(trainer: Training, device: torch.device) -> Iterator[dict]:
         yield {"value": value, "operations": count, "seconds": values, "memory_mb": memory(device) - before}
 
 
+def encoding(model: str, device: torch.device, folder: Path, images: int) -> dict:
+    """Seconds for an image of so many, from a drawn data set to rows that training can gather."""
+    shape, before = MODELS[model], memory(device)
+    drawn = load_captioned_images(f"monsters:{images}", drawn_size=shape.train_side)
+    networks = build(Case("pictures", model, "float32", device.type), "ours")
+    how = (shape.train_side, Processes(0, 1, device), resolve_precision("auto", device))
+    with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", folder):
+        taken = seconds(lambda: prepare(drawn, networks.vae, networks.text_encoder, *how), device.type)
+    return {"value": images, "seconds": [taken / images], "memory_mb": memory(device) - before}
+
+
 def memory(device: torch.device) -> float:
     """What this process holds, in MB: on a CPU now and without mapped files, on a GPU at most."""
     if device.type == "cuda":
@@ -121,14 +140,14 @@ def memory(device: torch.device) -> float:
 
 def table(results: list[dict]) -> str:
     """Markdown, a line for each value; times relative to the first value of the row, since machines differ."""
-    lines = ["| row | value | time of a step | memory (MB) | share of the limit |", "| --- " * 5 + "|"]
+    lines = ["| row | value | time of a step, or an image | memory (MB) | share of the limit |", "| --- " * 5 + "|"]
     first: dict[str, float] = {}
     for result in results:
         median = statistics.median(result["seconds"])
         start = first.setdefault(result["row"], median)
-        share = result["operations"] / median / result["rate"]
+        share = f"{result['operations'] / median / result['rate']:.0%}" if "operations" in result else ""
         cells = [result["row"], f"{result['value']:,}", f"{median / start:.2f}×", f"{result['memory_mb']:+.0f}"]
-        lines.append(f"| {' | '.join([*cells, f'{share:.0%}'])} |")
+        lines.append(f"| {' | '.join([*cells, share])} |")
     return "\n".join(lines)
 
 

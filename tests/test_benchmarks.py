@@ -167,6 +167,19 @@ def test_a_comparison_is_measured_in_turn_and_shown(tiny: None, monkeypatch: pyt
     assert last == "| unet | tiny | float32 | 2.00× (2.00…2.00) | 1.50× (1.50…1.50) |  | 100, 200, 150 |"
 
 
+def test_the_profile_accounts_for_the_time_of_all_sides(tiny: None) -> None:
+    """A U-Net's time is convolutions, products and attention, whoever wrote it."""
+    case = compare_diffusers.Case("unet", "tiny", "float32")
+    spent = compare_diffusers.profile(case, "documented")
+    assert all(spent[kind] > 0 for kind in ("convolutions", "matrix products", "attention", "norms"))
+    assert spent["optimizer"] == 0
+    head, _, *rows, last = compare_diffusers.profile_table(case).splitlines()
+    assert head == "| unet, tiny, float32 | ours | documented | tuned |"
+    assert len(rows) == len(spent) and last.startswith("| together | 100% |")
+    step = compare_diffusers.profile(compare_diffusers.Case("train", "tiny", "float32"), "ours")
+    assert step["optimizer"] > 0
+
+
 def test_scaling_measures_every_value_of_a_row(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "ROWS", {"images": [5, 9], "batch": [2, 4], "side": [64, 128], "steps": [1, 3]})
     monkeypatch.setattr(scaling, "ROUNDS", 2)
@@ -180,13 +193,24 @@ def test_scaling_measures_every_value_of_a_row(tiny: None, tmp_path: Path, monke
     assert scaling.matrix_rate(cpu, torch.float32) > 1e8
 
 
+def test_scaling_encodes_into_an_empty_cache(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scaling.ROWS, "encoding", [3, 5])
+    measured = scaling.row("encoding", "tiny", torch.device("cpu"), tmp_path)
+    assert [(result["value"], len(result["seconds"])) for result in measured] == [(3, 1), (5, 1)]
+    for result in measured:
+        files = (tmp_path / str(result["value"]) / "stable_diffusion" / "images").rglob("*")
+        assert sum(file.stat().st_size for file in files) >= result["value"] * 2 * 8 * 8 * 8 * 2
+
+
 def test_the_table_of_scaling_is_relative_to_the_first_value() -> None:
     same = {"row": "images", "rate": 1e9, "operations": 5e8}
     results = [same | {"value": 500, "seconds": [1.0, 1.0, 9.0], "memory_mb": 4.2}]
     results += [same | {"value": 20_000, "seconds": [1.1], "memory_mb": 6.0}]
+    results += [{"row": "encoding", "rate": 1e9, "value": 125, "seconds": [0.1], "memory_mb": 3.0}]
     assert scaling.table(results).splitlines()[2:] == [
         "| images | 500 | 1.00× | +4 | 50% |",
         "| images | 20,000 | 1.10× | +6 | 45% |",
+        "| encoding | 125 | 1.00× | +3 |  |",
     ]
 
 

@@ -56,11 +56,12 @@ FAULTS = [
     Fault("autocast off", UNET, "precision != torch.float32, cache_enabled", "False, cache_enabled", "test_training.py::test_a_step_computes_in_the_precision_asked_for"),
     Fault("parts of a batch not averaged", UNET, ".mean() / parts", ".mean()", "test_training.py::test_a_step_adds_up_its_parts_to_the_gradient_of_the_mean"),
     Fault("only the last part learned from", UNET, "total += loss.detach()", "total += loss.detach(); i < parts - 1 and optimizer.zero_grad()", "test_training.py::test_a_step_adds_up_its_parts_to_the_gradient_of_the_mean"),
-    Fault("validation at one timestep", UNET, "(chunks[k] + 0.5)", "(chunks[k] * 0 + 0.5)", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
+    Fault("validation at one timestep", "evaluation/timestep_loss.py", "((place + 0.5) / count", "((place * 0 + 0.5) / count", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
+    Fault("tenths in the wrong order", UNET, "for k in sorted(merged)", "for k in sorted(merged)[::-1]", "test_training.py::test_each_tenth_of_the_timesteps_is_logged_and_plotted"),
     Fault("validation weighted", UNET, "Batch(latents, noise, t, context), None)", "Batch(latents, noise, t, context), 5.0)", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
     Fault("validation on unscaled latents", UNET, "model.vae.scale_latents(DiagonalGaussian.from_moments(moments).mode())", "DiagonalGaussian.from_moments(moments).mode()", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
     Fault("captions dropped in validation", UNET, "drop_caption=never)", "drop_caption=~never)", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
-    Fault("validated on training images", UNET, "validation_loss(self.model.unet, self.data, self.held_out,", "validation_loss(self.model.unet, self.data, self.chosen,", JUDGED),
+    Fault("validated on training images", UNET, "validation_losses(self.model.unet, self.data, self.held_out,", "validation_losses(self.model.unet, self.data, self.chosen,", JUDGED),
     # The update
     Fault("learning rate never set", UNET, 'group["lr"] = rate', "pass", JUDGED),
     Fault("no warm-up", REPRODUCIBLE, "return peak * (step + 1) / warmup", "return peak", "test_training.py::test_learning_rate_shape"),
@@ -75,7 +76,7 @@ FAULTS = [
     Fault("weight decay not passed on", "training/optimizers.py", "AdamW(decay_groups(network, weight_decay)", "AdamW(decay_groups(network, 0.01)", JUDGED),
     # What is judged and saved
     Fault("raw weights saved, validated and previewed", UNET, "model.unet = self.ema.module if self.ema else self.unet", "model.unet = self.unet", JUDGED),
-    Fault("raw weights validated", UNET, "validation_loss(self.model.unet,", "validation_loss(self.unet,", JUDGED),
+    Fault("raw weights validated", UNET, "validation_losses(self.model.unet,", "validation_losses(self.unet,", JUDGED),
     Fault("the prompt alone in the guidance batch", "guidance.py", "torch.cat([empty, context])), context", "torch.cat([context, context])), context", "test_sampling.py::test_a_negative_prompt_counts"),
     Fault("keys of the wrong text", "stable_diffusion_model.py", "keys_and_values(context))", "keys_and_values(contexts[0][0]))", "test_sampling.py::test_the_text_is_projected_once_and_not_in_every_step"),
     Fault("the text projected in every step", "stable_diffusion_model.py", "functools.cache(self.unet.keys_and_values)", "self.unet.keys_and_values", "test_sampling.py::test_the_text_is_projected_once_and_not_in_every_step"),

@@ -12,15 +12,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import monsters
 import train_stable_diffusion as script
+from evaluation.timestep_loss import by_tenths
 from noise_schedule import NoiseSchedule
 from published import save_text_encoder
 from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_parts, tiny_text_encoder, tiny_unet, tiny_vae, training_arguments
-from train_stable_diffusion import Batch, Options, diffusion_loss, train_step, validation_loss
+from train_stable_diffusion import Batch, Options, diffusion_loss, train_step, validation_losses
 from training.captioned_latents import split_images
 from training.options import parse_options
 from training.presets import PARTS, PRESETS, VAEOptions
@@ -316,16 +318,49 @@ def test_validation_is_spread_over_the_timesteps_and_over_the_images() -> None:
             torch.testing.assert_close(x[clean], 0.5 * means, atol=0.6, rtol=0)  # scaled, not mirrored, little noise
             return torch.zeros_like(x)
 
-        first = validation_loss(unet, data, torch.arange(count), model, Processes(0, 1, CPU))
-        assert 0.95 < first < 1.05  # the variance of the noise: every timestep weighs the same
+        losses = validation_losses(unet, data, torch.arange(count), model, Processes(0, 1, CPU))
+        assert 0.95 < np.mean(losses) < 1.05  # the variance of the noise: every timestep weighs the same
         assert not any(drop.any() for drop in data.drops)
-        timesteps = sorted(t for _, t in seen)
+        timesteps = [t for _, t in seen]
+        assert timesteps == sorted(timesteps) and len(losses) == len(seen)
         gaps = np.diff([-timesteps[0] - 1, *timesteps, 2000 - timesteps[-1] - 1])
         assert len(seen) >= 64 and max(gaps) - min(gaps) <= 1.5 * 1000 / len(seen) + 1
         for image in range(count):
             mine = [t for i, t in seen if i == image]
             assert len(mine) == len(seen) / count and min(mine) < 400 and max(mine) > 600
-        assert validation_loss(unet, data, torch.arange(count), model, Processes(0, 1, CPU)) == first
+        assert validation_losses(unet, data, torch.arange(count), model, Processes(0, 1, CPU)) == losses
+
+
+def test_each_tenth_of_the_timesteps_is_logged_and_plotted(parts: Path, tmp_path: Path, monkeypatch: object) -> None:
+    """Of a loss that is its timestep, tenth i is the middle of its timesteps, and their mean is the validation loss."""
+
+    def loss(unet: torch.nn.Module, schedule: NoiseSchedule, batch: Batch, gamma: float | None) -> torch.Tensor:
+        return batch.t.float() if gamma is None else original(unet, schedule, batch, gamma)
+
+    original, plots = diffusion_loss, []
+    plot = script.RunFolder.plot
+    monkeypatch.setattr(script, "diffusion_loss", loss)
+    monkeypatch.setattr(script.RunFolder, "plot", lambda *a, **k: (plots.append(k["beside"]), plot(*a, **k)))
+    script.main(arguments(parts, tmp_path / "run"))
+    rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
+    row = next(row for row in rows if row["validation_loss"])
+    tenths = [float(row[f"validation_loss_{i}"]) for i in range(1, 11)]
+    assert all(abs(tenth - (100 * i + 50)) < 12 for i, tenth in enumerate(tenths))
+    assert float(row["validation_loss"]) == pytest.approx(500, abs=3)
+    assert all(not row["validation_loss_1"] for row in rows if not row["validation_loss"])
+    assert list(plots[-1].items())[9] == ("validation_loss_10", "held out, t = 900…999")
+    with Image.open(tmp_path / "run" / "loss.png") as sheet:
+        assert sheet.width > 3 * sheet.height  # two panels
+
+
+@pytest.mark.parametrize("count", [64, 65, 156, 1000])
+def test_tenths_are_all_of_it(count: int) -> None:
+    losses = torch.rand(count, generator=torch.Generator().manual_seed(0)).tolist()
+    tenths = by_tenths(losses)
+    assert len(tenths) == 10
+    sizes = np.diff([round(i * count / 10) for i in range(11)])
+    assert sum(tenths * sizes) / count == pytest.approx(np.mean(losses))
+    assert by_tenths(sorted(losses)) == sorted(by_tenths(sorted(losses)))
 
 
 class StandInData:
@@ -443,7 +478,7 @@ def test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate(
     """What is validated, previewed and saved are the averaged weights (the plain ones without an average)."""
     runs, judged, rates, validated = [], [], [], []
     validate, step, sample, init = (
-        script.validation_loss,
+        script.validation_losses,
         script.train_step,
         StableDiffusion.sample,
         script.Run.__init__,
@@ -463,14 +498,14 @@ def test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate(
     def judge(network: torch.nn.Module) -> None:
         judged.append((network, {name: p.clone() for name, p in network.state_dict().items()}))
 
-    def validating(unet: torch.nn.Module, data: object, held_out: torch.Tensor, *more: object) -> float:
+    def validating(unet: torch.nn.Module, data: object, held_out: torch.Tensor, *more: object) -> list[float]:
         judge(unet)
         validated.append(held_out)
         return validate(unet, data, held_out, *more)
 
     monkeypatch.setattr(script.Run, "__init__", remember)
     monkeypatch.setattr(script, "train_step", stepping)
-    monkeypatch.setattr(script, "validation_loss", validating)
+    monkeypatch.setattr(script, "validation_losses", validating)
     monkeypatch.setattr(StableDiffusion, "sample", lambda self, *a, **k: (judge(self.unet), sample(self, *a, **k))[1])
     more = ("--ema_decay", decay, "--preview_every", "3", "--weight_decay", "0.05")
     script.main(arguments(parts, tmp_path / "run", *more))
@@ -494,7 +529,7 @@ def test_the_best_model_is_the_one_with_the_lowest_validation_loss(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([0.5, 0.2, 0.4, 0.3])
-    monkeypatch.setattr(script, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(script, "validation_losses", lambda *_: [next(losses)] * 64)
     every = ("--validate_every", "1", "--checkpoint_every", "1", "--max_steps", "4", "--preview_every", "0")
     script.main(arguments(parts, tmp_path / "run", *every))
     best = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)

@@ -5,8 +5,13 @@ Marked `fixed` is what makes a run the run it is: it may not change on --resume.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.options import option
+from training.script import UserError
+
+if TYPE_CHECKING:
+    from noise_schedule import NoiseSchedule
 
 _HERE = Path(__file__).resolve().parent.parent
 DEFAULT_DATASET = "svjack/pokemon-blip-captions-en-zh"
@@ -205,6 +210,19 @@ def what_to_do(options: UNetOptions) -> str:
     if options.pretrained == quickstart and not Path(quickstart).exists():
         return "; train it first: --preset monsters."
     return WITHOUT_HUB
+
+
+def check_objective(options: UNetOptions, schedule: "NoiseSchedule") -> None:
+    """A pretrained U-Net goes on predicting what it learned to predict; UserError if something else is asked for."""
+    if options.prediction_type not in (None, schedule.prediction_type):
+        raise UserError(
+            f"--prediction_type {options.prediction_type}: {options.pretrained} predicts {schedule.prediction_type}, "
+            "which it goes on doing; leave the option out."
+        )
+    if options.zero_terminal_snr and not schedule.zero_terminal_snr:
+        raise UserError(
+            f"--zero_terminal_snr: the schedule of {options.pretrained} ends before pure noise; leave the option out."
+        )
 
 
 @dataclass
