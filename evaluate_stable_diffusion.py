@@ -3,13 +3,16 @@
     python evaluate_stable_diffusion.py stable_diffusion_results/monsters/model --dataset monsters:4000
 
 samples images (for unseen captions of monsters, or for the data set's own captions), and writes into --output_dir:
-`report.json`, `samples.png` (images with prompts) and `nearest.png` (each sample beside the nearest training image).
+`report.md` and `report.json`, `samples.png` (images with prompts), and `nearest.png` (the samples that are most like a
+training image, beside it). Numbers come with the interval in which another such set of images would lie in 19 of 20.
 
 - Obedience: R-precision, how often a CLIP finds an image's own prompt the nearest of all; the same for real images, and
-  for images paired with other prompts. For monsters, whose prompts name a colour, also the colour of the pixels.
-- Memorisation: the distance of each sample to its nearest training image (or that image's mirror), against the same
-  distance for images that cannot be copies: monsters drawn afresh, or each training image against all others. Samples
-  that are nearer than 99 % of those are called copies.
+  for images paired with other prompts. For monsters also the colour of the pixels, and each attribute by itself.
+- Quality and variety, on that CLIP's features, against real images of the prompts: KID, precision, recall, coverage.
+- Prediction error: how well the U-Net predicts the noise in real images, by tenths of the timesteps.
+- Memorisation: the distance of each sample to its nearest training image (or that image's mirror), as it is and
+  calibrated, against the same for images that cannot be copies: monsters drawn afresh, or each training image against
+  all others. Samples that are nearer than 99 % of those are called copies.
 - Attention (monsters): how much the words for wings, tail and so on look at these parts of real drawings, against the
   area of the parts' boxes, by layer of the U-Net and by timestep; 1 = no preference. `attention.png` shows it.
 - VAE ceiling: PSNR and SSIM of images that only went through the VAE; no sample can be sharper than these.
@@ -33,7 +36,9 @@ if __name__ == "__main__":
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image
@@ -42,16 +47,23 @@ from tqdm import tqdm
 
 import monsters
 from evaluation.attention import attention_sheet, score_parts, sharpest_layer
-from evaluation.obedience import FIRST_UNSEEN, Judge, measure_monsters, unseen_monsters
+from evaluation.attributes import score_attributes
+from evaluation.obedience import FIRST_UNSEEN, Judge, Unseen, measure_monsters, unseen_monsters
+from evaluation.report import in_words
+from evaluation.statistics import kid, mean_interval, precision_recall_coverage
+from evaluation.timestep_loss import prediction_errors, tenths
 from images import captioned_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
 from stable_diffusion_model import StableDiffusion
 from training.reconstruction import measure, to_bytes
+from training.reproducible import resolve_precision
 from training.script import UserError, run, user_errors
 
 THUMBNAIL = 64  # pixels a side at which images are compared
 ATTENTIVE = 64  # monsters, at most, whose words are looked at
+NOISED = 16  # images, at most, on whose noise the U-Net's prediction is measured
+CROWD = 50  # nearest training images that calibrate the distance to the very nearest
 
 
 class TrainingImages:
@@ -107,91 +119,145 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
     return made
 
 
-def nearest(queries: Tensor, training: Tensor, but: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """For thumbnails (n, 3, s, s): RMS distance (n,) to the nearest of `training` or mirrors, which, mirrored?
+@dataclass
+class Nearest:
+    """Of each image (n,): RMS distance to the nearest training image, which that is, and whether mirrored.
 
-    `but` (n,): of each, one training image that does not count, nor its mirror.
+    `calibrated`: that distance over the mean distance to the 50 nearest (Carlini et al. 2023, arXiv:2301.13188, Section
+    4.2). An image with much white is near to many; a copy is near to one and far from the others.
     """
+
+    distance: Tensor
+    index: Tensor
+    mirrored: Tensor
+    calibrated: Tensor
+
+
+def nearest(queries: Tensor, training: Tensor, but: Tensor | None = None) -> Nearest:
+    """For thumbnails (n, 3, s, s) among `training` and mirrors. `but` (n,): of each, one that does not count."""
     flat, n = queries.flatten(1), len(training)
     both = torch.cat([training, training.flip(-1)]).flatten(1)
     distances = torch.cdist(flat, both) / flat.shape[1] ** 0.5  # (n, 2·training)
     if but is not None:
         distances[torch.arange(len(flat)), but] = distances[torch.arange(len(flat)), but + n] = torch.inf
-    distance, index = distances.min(dim=1)
-    return distance, index % n, index >= n
+    several, indices = distances.topk(min(CROWD, max(n - 1, 1)), dim=1, largest=False)  # (n, 50), rising
+    distance, index = several[:, 0], indices[:, 0]
+    return Nearest(distance, index % n, index >= n, distance / several.mean(dim=1).clamp(min=1e-12))
 
 
 def thumbnails(made: list[Image.Image]) -> Tensor:
     return torch.stack([to_pixels(image, THUMBNAIL) for image in made])
 
 
+def measure_obedience(made: list[Image.Image], real: list[Image.Image], prompts: list[str], asked: list[Unseen],
+                      judge: Judge) -> dict:  # fmt: skip
+    """R-precision; for monsters (`asked`) also colours, and each attribute of the captions."""
+    if not asked:
+        return {"obedience": judge.with_controls(made, real, prompts)}
+    indices, half = [monster.index for monster in asked], len(made) // 2
+    sets = {"samples": made, "real_images": real, "shuffled_samples": made[half:] + made[:half]}
+    return {
+        "obedience": measure_monsters(made, asked, judge),
+        "attributes": {name: score_attributes(images, indices, judge) for name, images in sets.items()},
+    }
+
+
+def measure_prediction(model: StableDiffusion, pixels: Tensor, prompts: list[str]) -> dict:
+    """The U-Net's squared error on images (n, 3, H, W) with their prompts, by tenths of the timesteps."""
+    errors = prediction_errors(model, pixels, prompts)
+    parts = tenths(errors)
+    return {
+        "mean": fmean(errors),
+        "interval": mean_interval(errors),
+        "by_tenths": [fmean(part) for part in parts],
+        "intervals_of_tenths": [mean_interval(part) for part in parts],
+    }
+
+
+def measure_copying(of_samples: Nearest, of_others: Nearest) -> dict:
+    """How near samples come to training images, against images that cannot be copies (`of_others`)."""
+    report: dict = {}
+    for name, found in (("samples", of_samples), ("images_that_are_no_copies", of_others)):
+        report[name] = {
+            "distance": {"mean": found.distance.mean().item(), "smallest": found.distance.min().item()},
+            "calibrated": {"mean": found.calibrated.mean().item(), "smallest": found.calibrated.min().item()},
+        }
+    for name in ("distance", "calibrated"):
+        limit = getattr(of_others, name).quantile(0.01)
+        report[f"share_of_copies_by_{name}"] = (getattr(of_samples, name) < limit).float().mean().item()
+    return report
+
+
+def sheet_of_nearest(
+    made: list[Image.Image], prompts: list[str], training: TrainingImages, found: Nearest
+) -> Image.Image:
+    """The 16 samples that are most like copies, the worst first, each beside its training image."""
+    worst = found.calibrated.argsort()[:16].tolist()
+    twins = pixels_to_images(training.pixels([found.index[i].item() for i in worst], 256) / 2 + 0.5)
+    pairs, captions = [], []
+    for i, twin in zip(worst, twins, strict=True):
+        pairs += [made[i], twin.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if found.mirrored[i] else twin]
+        captions += [prompts[i], f"nearest: distance {found.distance[i]:.3f}, calibrated {found.calibrated[i]:.2f}"]
+    return captioned_sheet(pairs, captions, columns=8, side=160)
+
+
 def main(argv: list[str]) -> None:
     options = parse_options(Options, with_model_named(argv))
-    folder = Path(options.output_dir)
+    folder, side = Path(options.output_dir), options.resolution
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output_dir {folder}: cannot be written to; choose another folder.")
     with user_errors():
         training = TrainingImages(options.dataset)
         model = StableDiffusion.from_pretrained(options.model, device=options.device)
+        model.to(model.device, resolve_precision(options.precision, model.device))
         for path in options.lora:
             model.load_lora(path)
         judge = Judge.load(options.clip)
     if training.monsters:
         asked, shown = unseen_monsters(options.num_samples), []
         prompts = [monster.caption for monster in asked]
+        real = [monsters.draw(monster.index, max(side, 16)) for monster in asked]
     else:
         asked, shown = [], [i * len(training) // options.num_samples for i in range(options.num_samples)]
         captions = training.captions()
         prompts = [captions[i] for i in shown]
+        real = pixels_to_images(training.pixels(shown, side) / 2 + 0.5)
     made = sample_all(model, prompts, options)
-    kept = ("model", "steps", "sampler", "guidance_scale", "seed")
-    report: dict = {name: getattr(options, name) for name in kept} | {"samples": len(made)}
-    if asked:
-        report["obedience"] = measure_monsters(made, asked, judge)
-    else:
-        real = pixels_to_images(training.pixels(shown, 256) / 2 + 0.5)
-        report["obedience"] = judge.with_controls(made, real, prompts)
-
-    # Where words look
+    kept = ("model", "lora", "dataset", "resolution", "steps", "sampler", "guidance_scale", "seed")
+    report: dict = {name: getattr(options, name) for name in kept}
+    report |= {"precision": str(model.dtype).removeprefix("torch."), "samples": len(made)}
+    report |= measure_obedience(made, real, prompts, asked, judge)
+    if len(made) >= 4:
+        features = [judge.image_features(images) for images in (real, made)]
+        report["against_real_images"] = kid(*features) | precision_recall_coverage(*features)
+    noised = torch.stack([to_pixels(image, side) for image in real[:NOISED]])
+    report["prediction_error"] = measure_prediction(model, noised, prompts[:NOISED])
     if asked:
         indices = [monster.index for monster in asked[:ATTENTIVE]]
-        attention = score_parts(model, indices, options.resolution)
+        attention = score_parts(model, indices, side)
         if attention:
             layer = sharpest_layer(attention)
             report["attention_on_parts"] = {"sharpest_layer": layer, "parts": attention}
-            save_png(attention_sheet(model, indices, options.resolution, layer), folder / "attention.png")
-
-    # Memorisation, at thumbnail size
+            save_png(attention_sheet(model, indices, side, layer), folder / "attention.png")
     known = training.pixels(list(range(len(training))), THUMBNAIL)
-    distance, which, mirrored = nearest(thumbnails(made), known)
-    report["nearest_training_image"] = {"mean": distance.mean().item(), "smallest": distance.min().item()}
+    found = nearest(thumbnails(made), known)
     if asked:
         fresh = torch.stack([image_to_pixels(monsters.draw(FIRST_UNSEEN + i, THUMBNAIL)) for i in range(len(made))])
-        baseline, _, _ = nearest(fresh, known)
+        others = nearest(fresh, known)
     else:
-        baseline, _, _ = nearest(known, known, but=torch.arange(len(known)))
-    of = "unseen_monsters" if asked else "other_training_images"
-    means = {"mean": baseline.mean().item(), "smallest": baseline.min().item()}
-    report[f"nearest_training_image_of_{of}"] = means
-    report["share_of_copies"] = (distance < baseline.quantile(0.01)).float().mean().item()
-
-    # What the VAE allows
-    some = training.pixels(list(range(0, len(training), max(len(training) // 16, 1)))[:16], options.resolution)
-    psnr, ssim = measure(model.vae, to_bytes(some))
+        others = nearest(known, known, but=torch.arange(len(known)))
+    report["copying"] = measure_copying(found, others)
+    some = training.pixels(list(range(0, len(training), max(len(training) // 16, 1)))[:16], side)
+    psnr, ssim = measure(model.vae.float(), to_bytes(some))
     report["vae_ceiling"] = {"psnr": psnr, "ssim": ssim}
 
-    # Sheets
-    count = min(16, len(made))
-    save_png(captioned_sheet(made[:count], prompts[:count], columns=4), folder / "samples.png")
-    twins = pixels_to_images(training.pixels(which[:count].tolist(), 256) / 2 + 0.5)
-    pairs, captions = [], []
-    for i, twin in enumerate(twins):
-        pairs += [made[i], twin.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored[i] else twin]
-        captions += [prompts[i], f"nearest training image, distance {distance[i]:.3f}"]
-    save_png(captioned_sheet(pairs, captions, columns=8, side=160), folder / "nearest.png")
+    save_png(captioned_sheet(made[:16], prompts[:16], columns=4), folder / "samples.png")
+    save_png(sheet_of_nearest(made, prompts, training, found), folder / "nearest.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=2))
+    text = in_words(report)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import CLIPModel, PreTrainedTokenizerBase
 import monsters
 from images import captioned_sheet, save_png, to_pixels
 from published.weight_files import locate, read_json
-from training.clip_model import load_clip, retrieval
+from training.clip_model import embed_captions, embed_images, load_clip, retrieval, tokenize
 from training.run_folder import atomically
 
 FIRST_UNSEEN = 900_000  # monsters from here on are kept from training
@@ -42,6 +42,19 @@ class Judge:
         config = read_json(folder / "preprocessor_config.json")
         mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))
         return cls(clip.eval(), tokenizer, mean, std)
+
+    def image_features(self, images: list[Image.Image]) -> Tensor:
+        """(N, P), unit vectors."""
+        side = self.clip.config.vision_config.image_size
+        pixels = torch.stack([to_pixels(image, side) for image in images])  # (N, 3, side, side) in [-1, 1]
+        parts = (((pixels + 1) / 2 - self.mean) / self.std).split(50)
+        with torch.no_grad():
+            return torch.cat([embed_images(self.clip, part) for part in parts])
+
+    def text_features(self, captions: list[str]) -> Tensor:
+        """(N, P), unit vectors."""
+        with torch.no_grad():
+            return torch.cat([embed_captions(self.clip, part) for part in tokenize(self.tokenizer, captions).split(50)])
 
     def r_precision(self, images: list[Image.Image], captions: list[str]) -> float:
         """The share, 0…1, of images whose own caption is the nearest of all; captions that are equal count as one."""

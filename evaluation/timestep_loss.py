@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stable_diffusion_model import StableDiffusion
+
 BINS = 10
 AT_LEAST = 64  # predictions in all, and four of each image
 
@@ -24,8 +26,32 @@ def spread(images: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return place % images, ((place + 0.5) / count * T).long()
 
 
-def by_tenths(losses: Sequence[float]) -> list[float]:
-    """The means of the ten parts of losses that are in the order of their timesteps, as `spread` has them."""
+@torch.no_grad()
+def prediction_errors(model: StableDiffusion, pixels: Tensor, captions: list[str], seed: int = 0) -> list[float]:
+    """Squared errors of the U-Net on images (n, 3, H, W) in [-1, 1], in the order of their timesteps (`spread`).
+
+    They are means over the latents of what it should predict, ε or v; chunks of 8 at fixed noise.
+    """
+    generator, device, schedule = torch.Generator().manual_seed(seed), model.device, model.schedule
+    latents = torch.cat([model.encode_images(part, generator) for part in pixels.split(8)])
+    context = model.encode_prompts(captions)
+    errors: list[float] = []
+    which, timesteps = spread(len(pixels), schedule.num_timesteps, device)
+    for indices, t in zip(which.split(8), timesteps.split(8), strict=True):
+        x0 = latents[indices]
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        x_t = schedule.add_noise(x0, noise, t)
+        prediction = model.unet(x_t.to(model.dtype), t, context[indices]).float()
+        errors += (prediction - schedule.target(x0, noise, t)).square().mean(dim=(1, 2, 3)).tolist()
+    return errors
+
+
+def tenths(losses: Sequence[float]) -> list[Sequence[float]]:
+    """The ten parts of losses that are in the order of their timesteps, as `spread` has them."""
     edges = [round(i * len(losses) / BINS) for i in range(BINS + 1)]
-    parts = [losses[start:end] for start, end in itertools.pairwise(edges)]
-    return [math.fsum(part) / len(part) for part in parts]
+    return [losses[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def by_tenths(losses: Sequence[float]) -> list[float]:
+    """The means of the `tenths`."""
+    return [math.fsum(part) / len(part) for part in tenths(losses)]

@@ -1,6 +1,7 @@
 """Evaluation: it must be able to say no."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from PIL import Image
 import evaluate_stable_diffusion as script
 import monsters
 from evaluation import obedience
+from evaluation.attributes import CHOICES, score_attributes, variants
+from evaluation.statistics import kid, mean_interval, precision_recall_coverage, share_interval
+from evaluation.timestep_loss import by_tenths, prediction_errors
+from noise_schedule import NoiseSchedule
 from tests.conftest import ROOT
 from tests.tiny import tiny_model
 
@@ -102,11 +107,22 @@ def test_images_are_judged_in_the_order_of_their_captions(tmp_path: Path) -> Non
 def test_a_planted_copy_is_nearest_to_its_original_mirrored_or_not() -> None:
     known = script.thumbnails([monsters.draw(i, 64) for i in range(30)])
     queries = torch.stack([known[7], known[12].flip(-1), script.thumbnails([monsters.draw(900, 64)])[0]])
-    distance, which, mirrored = script.nearest(queries, known)
-    assert which[:2].tolist() == [7, 12] and mirrored[:2].tolist() == [False, True]
-    assert distance[:2].max() < 1e-3 < 0.1 < distance[2]
-    others, which, _ = script.nearest(known, known, but=torch.arange(30))
-    assert others.min() > 0.1 and (which != torch.arange(30)).all()
+    found = script.nearest(queries, known)
+    assert found.index[:2].tolist() == [7, 12] and found.mirrored[:2].tolist() == [False, True]
+    assert found.distance[:2].max() < 1e-3 < 0.1 < found.distance[2]
+    assert found.calibrated[:2].max() < 0.01 and 0.3 < found.calibrated[2] <= 1
+    others = script.nearest(known, known, but=torch.arange(30))
+    assert others.distance.min() > 0.1 and (others.index != torch.arange(30)).all()
+
+
+def test_a_pale_image_is_near_to_many_and_no_copy() -> None:
+    """Its distance is small, and not against those to the fifty nearest."""
+    generator = torch.Generator().manual_seed(0)
+    known = 1 - 0.05 * torch.rand(60, 3, 8, 8, generator=generator)
+    pale, copy = 1 - 0.05 * torch.rand(1, 3, 8, 8, generator=generator), known[:1] - 0.001
+    found = script.nearest(torch.cat([pale, copy]), known)
+    assert found.distance.max() < 0.03
+    assert found.calibrated[0] > 0.8 and found.calibrated[1] < 0.1
 
 
 @pytest.mark.parametrize("of_a_folder", [False, True])
@@ -126,7 +142,9 @@ def test_planted_copies_are_counted(of_a_folder: bool, tmp_path: Path, monkeypat
     argv = [str(tmp_path / "model"), "--dataset", source, "--num_samples", "8", "--resolution", "64"]
     script.main([*argv, "--device", "cpu", "--output_dir", str(tmp_path / "report")])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["share_of_copies"] == 3 / 8
+    assert report["copying"]["share_of_copies_by_distance"] == 3 / 8
+    assert report["copying"]["share_of_copies_by_calibrated"] == 3 / 8
+    assert "| distance | " in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
 
 
 def test_prompts_are_of_unseen_monsters_and_name_their_colour(asked: list[obedience.Unseen]) -> None:
@@ -142,7 +160,8 @@ def test_a_report_is_written(tmp_path, capsys: pytest.CaptureFixture) -> None:
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["obedience"]["r_precision_of_real_images"] == 1.0
     assert report["samples"] == 2 and 0 <= report["obedience"]["on_white_in_the_colour"] <= 1
-    assert report["vae_ceiling"]["psnr"] > 0 and report["nearest_training_image"]["mean"] > 0
+    assert report["vae_ceiling"]["psnr"] > 0 and report["copying"]["samples"]["distance"]["mean"] > 0
+    assert len(report["prediction_error"]["by_tenths"]) == 10 and "against_real_images" not in report  # of two images
     assert (tmp_path / "report" / "samples.png").is_file() and (tmp_path / "report" / "nearest.png").is_file()
 
 
@@ -160,6 +179,112 @@ def test_captions_of_a_folder_are_judged_with_its_own_images(tmp_path: Path) -> 
         *("r_precision", "r_precision_of_real_images", "r_precision_of_shuffled_images")
     }
     assert report["obedience"]["r_precision_of_real_images"] == 1.0
+    assert "attributes" not in report and report["against_real_images"]["precision"] <= 1
+
+
+def test_a_perfect_model_gets_a_perfect_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the samples are the drawings themselves."""
+    asked = obedience.unseen_monsters(12)
+    monkeypatch.setattr(script, "sample_all", lambda *_: [monsters.draw(monster.index, 256) for monster in asked])
+    tiny_model().save_pretrained(tmp_path / "model")
+    argv = [str(tmp_path / "model"), "--dataset", "monsters:24", "--num_samples", "12", "--resolution", "256"]
+    script.main([*argv, "--device", "cpu", "--precision", "float32", "--output_dir", str(tmp_path / "report")])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["against_real_images"]["precision"] == report["against_real_images"]["coverage"] == 1.0
+    assert abs(report["against_real_images"]["kid"]) < 0.05
+    samples, real, shuffled = report["attributes"].values()
+    assert samples == real and samples["colour"] == {"asked": 12, "obeyed": 1.0}
+    assert shuffled["colour"]["obeyed"] < 0.5
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| R-precision among 12 captions | 100% (76%…100%) | 100% (76%…100%) | 0% (0%…24%) |" in text
+    assert "| colour, by the CLIP (12 captions) | 100% (76%…100%) | 100% | " in text
+
+
+def test_every_attribute_is_told_apart_in_drawings_and_not_by_grammar(judge: obedience.Judge) -> None:
+    indices = range(obedience.FIRST_UNSEEN, obedience.FIRST_UNSEEN + 40)
+    drawn = [monsters.draw(i, 96) for i in indices]
+    own, other = score_attributes(drawn, indices, judge), score_attributes(drawn[20:] + drawn[:20], indices, judge)
+    assert set(own) == set(CHOICES) and all(4 <= own[name]["asked"] <= 40 for name in own)
+    for name in own:  # what this CLIP cannot tell, its figures for real drawings say
+        assert own[name]["obeyed"] >= {"tail": 0.5, "pattern": 0.3}.get(name, 0.85), name
+        assert other[name]["obeyed"] < 0.3 + 1 / len(CHOICES[name]), name  # chance, and what the pairs share
+
+
+def test_variants_exchange_one_phrase_for_each_other_value() -> None:
+    for index in range(200):
+        caption = monsters.caption(index)
+        for attribute, captions in variants(index).items():
+            assert captions[0] == caption and len(captions) == len(CHOICES[attribute]) == len(set(captions))
+            assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", text) for text in captions)
+    assert variants(next(i for i in range(99) if " red " in monsters.caption(i)))["colour"][0].count("red") == 1
+
+
+def test_intervals_hold_what_they_say() -> None:
+    low, high = share_interval(0.97, 100)
+    assert (round(low, 3), round(high, 3)) == (0.915, 0.990)  # Wilson's, as published tables have it
+    assert share_interval(0.0, 10)[0] == 0.0 and share_interval(1.0, 10)[1] == 1.0
+    generator, held = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        low, high = mean_interval((torch.rand(40, generator=generator) ** 2).tolist())
+        held += low < 1 / 3 < high
+    assert 88 <= held <= 99
+    assert mean_interval([2.0]) == (2.0, 2.0)
+
+
+def test_kid_is_0_for_one_distribution_and_not_for_two(judge: obedience.Judge) -> None:
+    generator, held = torch.Generator().manual_seed(0), 0
+    for _ in range(20):
+        a, b = torch.nn.functional.normalize(torch.randn(2, 100, 8, generator=generator), dim=-1)
+        same = kid(a, b)
+        held += same["low"] < 0 < same["high"]
+        assert abs(same["kid"]) < 0.03
+    assert held >= 16
+    shift = torch.tensor([0.5] + [0.0] * 7)
+    other = kid(a, b + shift)
+    assert 0.05 < other["low"] < other["kid"] < other["high"]
+    x, y = a.double(), (b + shift).double()  # its definition: Bińkowski et al. 2018, Equation 4
+    k = lambda p, q: (p @ q.T / 8 + 1) ** 3  # noqa: E731
+    unbiased = ((k(x, x) + k(y, y)) * (1 - torch.eye(100))).sum() / (100 * 99) - 2 * k(x, y).mean()
+    assert other["kid"] == pytest.approx(unbiased.item(), rel=1e-3)
+    drawn = [monsters.draw(i, 96) for i in range(120) if monsters.roll(i).colour in ("red", "blue")]
+    features, half = judge.image_features(drawn), len(drawn) // 2
+    red = torch.tensor(
+        [monsters.roll(i).colour == "red" for i in range(120) if monsters.roll(i).colour in ("red", "blue")]
+    )
+    assert kid(features[red], features[~red])["low"] > 0.05 > 3 * kid(features[:half], features[half:])["kid"]
+
+
+def test_precision_recall_and_coverage_know_what_is_missing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.cat([torch.randn(100, 4, generator=generator), 20 + torch.randn(100, 4, generator=generator)])
+    again = torch.cat([torch.randn(100, 4, generator=generator), 20 + torch.randn(100, 4, generator=generator)])
+    assert min(precision_recall_coverage(real, again).values()) > 0.85
+    half = precision_recall_coverage(real, again[:100])  # one of two kinds is never made
+    assert half["precision"] > 0.85 and half["recall"] < 0.55 and half["coverage"] < 0.55
+    odd = precision_recall_coverage(real, torch.cat([again[:100], 60 + again[:100]]))  # half of it like nothing real
+    assert 0.4 < odd["precision"] < 0.55
+    assert precision_recall_coverage(real[:2], real[:2] + 0.01)["coverage"] == 1.0  # fewer than five neighbours
+
+
+def test_prediction_errors_are_those_of_the_steps_loss_and_repeat_themselves() -> None:
+    """Of a U-Net that says 0 they are the noise's variance, for every tenth; of one that knows the noise, 0."""
+    model, pixels = tiny_model(), torch.rand(3, 3, 64, 64) * 2 - 1
+    errors = prediction_errors(model, pixels, ["a", "b", "c"])
+    assert errors == prediction_errors(model, pixels, ["a", "b", "c"]) != prediction_errors(model, pixels, ["a"] * 3)
+    assert len(errors) == 66
+    for parameter in model.unet.conv_out.parameters():
+        parameter.data.zero_()
+    assert by_tenths(prediction_errors(model, pixels, ["a"] * 3)) == pytest.approx([1.0] * 10, abs=0.2)
+    seen, noised = [], NoiseSchedule.add_noise
+
+    def remember(self: NoiseSchedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(noise)
+        return noised(self, x0, noise, t)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NoiseSchedule, "add_noise", remember)
+        patch.setattr(model.unet, "forward", lambda *_: seen[-1])
+        assert max(prediction_errors(model, pixels, ["a"] * 3)) == 0.0
 
 
 def test_the_documented_command_takes_the_model_first(tmp_path: Path) -> None:

@@ -190,17 +190,17 @@ def copy_of_the_code(copy: Path) -> Path:
     for path in ROOT.iterdir():
         if path.suffix == ".py" or path.name == "pyproject.toml":
             shutil.copy(path, copy)
-        elif path.name in ("tests", "training", "published", "monsters", "evaluation", "benchmarks"):
+        elif path.name in ("tests", "training", "published", "monsters", "evaluation", "benchmarks", "lesson"):
             shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         elif path.name in ("vae_model.pth", "stable_diffusion_results"):
             (copy / path.name).symlink_to(path)
     return copy
 
 
-def run_test(copy: str, test: str, printed: str) -> None:
-    """Called in a child: one test of the copy; the exit code says how it went."""
+def run_test(copy: str, test: str, printed: str, *more: str) -> None:
+    """Called in a child: one test of the copy, or some of a file; the exit code says how it went."""
     redirect(printed)
     use_code_in(copy)
     os.chdir(copy)
     options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "--rootdir", copy)
-    sys.exit(pytest.main([test, *options]))
+    sys.exit(pytest.main([test, *options, *more]))

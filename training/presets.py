@@ -333,6 +333,7 @@ class EvaluationOptions:
     steps: int = option(15, "sampling steps", at_least=1, at_most=1000)
     sampler: str = option("dpm++2m", "ddpm, ddim, euler, euler_a or dpm++2m", choices=("ddpm", "ddim", "euler", "euler_a", "dpm++2m"))
     guidance_scale: float = option(3.0, "classifier-free guidance; 1 = off")
+    precision: str = option("auto", "auto, float32 or bfloat16: what the networks compute in", choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", DEVICE)
 
     output_dir: str = option("stable_diffusion_results/evaluation", "where the report goes", group="the report")

@@ -1,0 +1,69 @@
+"""A report of `evaluate_stable_diffusion.py` as Markdown: tables, each number with its interval and its control."""
+
+from evaluation.statistics import share_interval
+
+
+def in_words(report: dict) -> str:
+    """The whole of report.md."""
+    how = f"{report['steps']} steps of {report['sampler']}, guidance {report['guidance_scale']:g}"
+    lines = [
+        f"# {report['model']}",
+        "",
+        f"{report['samples']} samples at {report['resolution']}×{report['resolution']}, {how}, seeds from "
+        f"{report['seed']}, {report['precision']}; trained on {report['dataset']}"
+        + "".join(f"; with {lora}" for lora in report["lora"])
+        + ". In brackets: where the number would be for 19 of 20 other sets of as many images.",
+        "",
+        *_table(("", "samples", "real images", "samples dealt out anew"), _obedience(report)),
+    ]
+    if "against_real_images" in report:
+        found = report["against_real_images"]
+        rows = [("KID", f"{found['kid']:.4f} ({found['low']:.4f}…{found['high']:.4f})", "0 = one distribution")]
+        rows += [
+            ("precision", f"{found['precision']:.0%}", "samples that are like a real image"),
+            ("recall", f"{found['recall']:.0%}", "real images that are like a sample"),
+            ("coverage", f"{found['coverage']:.0%}", "real images that have a sample near them"),
+        ]
+        lines += ["", *_table(("against real images, by the CLIP's features", "", ""), rows)]
+    lines += ["", *_table(("prediction error at t", "mean squared error", ""), _errors(report["prediction_error"]))]
+    copying = report["copying"]
+    rows = []
+    for measure in ("distance", "calibrated"):
+        cells = [copying[name][measure] for name in ("samples", "images_that_are_no_copies")]
+        shares = f"{copying[f'share_of_copies_by_{measure}']:.0%}"
+        rows.append((measure, *(f"{cell['mean']:.3f}, {cell['smallest']:.3f}" for cell in cells), shares))
+    head = ("nearest training image (mean, smallest)", "samples", "images that are no copies", "samples called copies")
+    lines += ["", *_table(head, rows)]
+    psnr, ssim = report["vae_ceiling"]["psnr"], report["vae_ceiling"]["ssim"]
+    lines += ["", f"What the VAE allows on such images: {psnr:.1f} dB PSNR, {ssim:.3f} SSIM.", ""]
+    return "\n".join(lines)
+
+
+def _share(value: float, count: int) -> str:
+    low, high = share_interval(value, count)
+    return f"{value:.0%} ({low:.0%}…{high:.0%})"
+
+
+def _obedience(report: dict) -> list[tuple[str, ...]]:
+    found, count = report["obedience"], report["samples"]
+    names = ("r_precision", "r_precision_of_real_images", "r_precision_of_shuffled_images")
+    rows = [(f"R-precision among {count} captions", *(_share(found[name], count) for name in names))]
+    if "on_white_in_the_colour" in found:
+        rows.append(("a monster on white, by its pixels", _share(found["on_white"], count), "", ""))
+        rows.append(("… in the colour asked for", _share(found["on_white_in_the_colour"], count), "", ""))
+    for name, own in report.get("attributes", {}).get("samples", {}).items():
+        sets = [report["attributes"][which][name] for which in ("samples", "real_images", "shuffled_samples")]
+        shares = [_share(sets[0]["obeyed"], own["asked"]), *(f"{one['obeyed']:.0%}" for one in sets[1:])]
+        rows.append((f"{name}, by the CLIP ({own['asked']} captions)", *shares))
+    return rows
+
+
+def _errors(found: dict) -> list[tuple[str, ...]]:
+    rows = [("all", found["mean"], found["interval"])]
+    tenths = zip(found["by_tenths"], found["intervals_of_tenths"], strict=True)
+    rows += [(f"{i} to {i + 1} tenths", mean, interval) for i, (mean, interval) in enumerate(tenths)]
+    return [(name, f"{mean:.4f}", f"({low:.4f}…{high:.4f})") for name, mean, (low, high) in rows]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
