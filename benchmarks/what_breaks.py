@@ -146,7 +146,8 @@ ROWS = {
     ),
     "no scaling factor": Row(
         "Raw latents have a standard deviation of 4, not 1, so the noise of most timesteps leaves them readable: "
-        "the schedule is made for data of unit variance (`VAE.scale_latents`).",
+        "the schedule is made for data of unit variance (`VAE.scale_latents`). Sampling "
+        "begins with pure noise, which training never showed: colours stay pale.",
         fault=without_scaling,
     ),
     "α for ᾱ": Row(
@@ -156,12 +157,13 @@ ROWS = {
     ),
     "no average": Row(
         "The last weights instead of their moving average (`EMA`). The learning rate has come down to almost 0 by "
-        "then, which averages as well: here little is lost. Stopped half-way, it is more.",
+        "then, which averages as well: here nothing is lost.",
         options=("--ema_decay", "0"),
     ),
     "unweighted loss": Row(
         "All timesteps weigh the same in ε, so those with little noise, whose errors are largest, take most of "
-        "the gradient; min-SNR evens that out (`loss_weight`).",
+        "the gradient; min-SNR evens that out (`loss_weight`). The validation loss, unweighted as well, is a little "
+        "lower for it; what is drawn differs within chance.",
         options=("--min_snr_gamma", "0"),
     ),
     "transparent ground turned black": Row(
@@ -170,7 +172,8 @@ ROWS = {
         fault=lambda: images_changed_by(on_black),
     ),
     "squashed instead of cropped": Row(
-        "Images of 16:9 pressed into a square: the model learns thin monsters (`images.fit` crops).",
+        "Images of 16:9 pressed into a square: the model learns thin monsters (`images.fit` crops). Its validation "
+        "loss is the lowest of all, since there is more white: losses on other data cannot be compared.",
         fault=lambda: images_changed_by(squashed),
     ),
     "DDIM that goes from t to t-1": Row(

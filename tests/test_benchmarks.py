@@ -2,16 +2,25 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
-from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling
-from tests.tiny import tiny_unet, tiny_vae
+import monsters
+import stable_diffusion_model
+from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling, what_breaks
+from guidance import Guidance
+from noise_schedule import NoiseSchedule
+from stable_diffusion_model import StableDiffusion
+from tests.tiny import tiny_model, tiny_unet, tiny_vae
 from train_stable_diffusion import Batch
+from training import captioned_latents
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
+from vae_model import VAE
 
 
 def test_every_row_differs_from_the_preset_in_what_it_names() -> None:
@@ -220,3 +229,62 @@ def test_results_of_other_machines_are_kept(tmp_path: Path) -> None:
     assert measuring.keep(file, results, same) == results == measuring.kept(file)
     new = results[1] | {"value": 2}
     assert measuring.keep(file, [new], same) == [results[0], *results[2:], new] == measuring.kept(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What breaks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [row for row in what_breaks.ROWS if what_breaks.ROWS[row].fault is not nullcontext])
+def test_every_fault_changes_something_and_is_gone_afterwards(row: str) -> None:
+    """What a fault is put into differs while it is in, and is the same object before and after."""
+    places = [
+        (VAE, "scale_latents"), (VAE, "unscale_latents"), (NoiseSchedule, "add_noise"), (Guidance, "combine"),
+        (StableDiffusion, "_start"), (captioned_latents, "pixels_of"), (stable_diffusion_model, "timestep_grid"),
+    ]  # fmt: skip
+    before = [getattr(*place) for place in places]
+    with what_breaks.ROWS[row].fault():
+        changed = [old is not getattr(*place) for old, place in zip(before, places, strict=True)]
+    assert 1 <= sum(changed) <= 2
+    assert all(old is getattr(*place) for old, place in zip(before, places, strict=True))
+
+
+def test_faults_do_what_they_say() -> None:
+    rows, schedule, x = what_breaks.ROWS, NoiseSchedule(), torch.randn(2, 4, 8, 8)
+    t, noise = torch.tensor([0, 999]), torch.randn(2, 4, 8, 8)
+    with rows["α for ᾱ"].fault():
+        wrong = schedule.add_noise(x, noise, t)
+    right = schedule.add_noise(x, noise, t)
+    torch.testing.assert_close(wrong[0], right[0])  # the first step is right
+    assert (wrong[1] - x[1]).std() < 0.2 < 0.9 < (right[1] - x[1]).std()
+    with rows["DDIM that goes from t to t-1"].fault():
+        grid = stable_diffusion_model.timestep_grid("ddim", schedule, 15)
+    assert grid.next_levels[3] == pytest.approx(schedule.alphas_cumprod[int(grid.timesteps[3]) - 1].item())
+    with rows["the halves of guidance swapped"].fault():
+        torch.testing.assert_close(Guidance(scale=1.0).combine(x, noise), x)
+    image = monsters.draw(3, 96)
+    assert monsters.is_monster_on_white(image)
+    assert what_breaks.on_black(image.copy()).getpixel((1, 1)) == (0, 0, 0)
+
+    def width(of: Image.Image) -> int:
+        left, _, right, _ = ImageOps.invert(of).convert("L").point(lambda value: 255 * (value > 60)).getbbox()
+        return right - left
+
+    assert 0.5 < width(what_breaks.squashed(image)) / width(image) < 0.62
+
+
+def test_the_gallery_is_sampled_with_the_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tiny_model().save_pretrained(tmp_path / "no fault" / "model")
+    monkeypatch.setattr(what_breaks, "UNSEEN", 2)
+    monkeypatch.setattr(what_breaks, "HOW", what_breaks.HOW | {"steps": 2, "height": 64, "width": 64})
+    monkeypatch.setattr(what_breaks, "FOLDER", tmp_path / "sheets")
+    sheets = []
+    for row in ("latents not unscaled", "DDIM as it should be"):
+        figures = what_breaks.measure(row, tmp_path / "no fault")
+        assert figures["row"] == row and figures["images"] == 2 and figures["validation_loss"] is None
+        sheets.append((tmp_path / "sheets" / what_breaks.file_of(row)).read_bytes())
+    assert sheets[0] != sheets[1]
+    page = what_breaks.page([figures])
+    assert f"| [{row}](#ddim-as-it-should-be) | " in page and f"(sheets/{what_breaks.file_of(row)})" in page

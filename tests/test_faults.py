@@ -140,6 +140,11 @@ FAULTS = [
     Fault("the temperature unbounded", CLIP, "model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)", "pass", "test_train_clip.py::test_the_temperature_stays_within_the_papers_bound"),
     # The evaluation
     Fault("`evaluate` always obedient", "evaluation/obedience.py", "a and b == c for a, b, c in", "True for a, b, c in", "test_evaluation.py::test_colours_counts_what_was_asked_for"),
+    Fault("KID of the real images with themselves", "evaluation/statistics.py", "poly_mmd(real, made).item()", "poly_mmd(real, real).item()", "test_evaluation.py::test_kid_is_0_for_one_distribution_and_not_for_two"),
+    Fault("coverage counts samples", "evaluation/statistics.py", "real_radius[:, None]).any(dim=1)", "real_radius[:, None]).any(dim=0)", "test_evaluation.py::test_precision_recall_and_coverage_know_what_is_missing"),
+    Fault("distances not calibrated", "evaluate_stable_diffusion.py", "distance / several.mean(dim=1).clamp(min=1e-12)", "distance", "test_evaluation.py::test_a_pale_image_is_near_to_many_and_no_copy"),
+    Fault("wrong articles give the wrong captions away", "evaluation/attributes.py", "_with_articles(caption.replace(phrase, other, 1))", "caption.replace(phrase, other, 1)", "test_evaluation.py::test_variants_exchange_one_phrase_for_each_other_value"),
+    Fault("one caption for all prediction errors", "evaluation/timestep_loss.py", "context[indices])", "context[indices * 0])", "test_evaluation.py::test_prediction_errors_are_those_of_the_steps_loss_and_repeat_themselves"),
     Fault("attention recorded for good", "evaluation/attention.py", "            hook.remove()", "            pass", "test_attention.py::test_recording_changes_no_bit_and_ends_with_the_block"),
     Fault("attention over the pixels, not the words", "evaluation/attention.py", "q.shape[-1] ** -0.5, dim=-1)", "q.shape[-1] ** -0.5, dim=-2)", "test_attention.py::test_the_weights_are_those_that_made_the_output"),
     Fault("attention not against the box's area", "evaluation/attention.py", " / inside.float().mean()", "", "test_attention.py::test_looking_is_measured_against_the_area_of_the_box"),

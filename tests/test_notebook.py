@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+import lora
+from published.lora_files import write_lora
 from tests.conftest import ROOT
 from tests.notebooks import (
     SAMPLE,
@@ -38,8 +40,17 @@ def notebook() -> nbformat.NotebookNode:
 @pytest.fixture
 def tiny(tmp_path) -> str:
     torch.manual_seed(0)
-    tiny_model().save_pretrained(tmp_path / "model")
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    for change in lora.add(model.unet, lora.targets(model.unet), rank=2, alpha=2):
+        torch.nn.init.normal_(change.up.weight)
+    write_lora(tmp_path / "lora.safetensors", model.unet)
     return str(tmp_path / "model")
+
+
+@pytest.fixture
+def tiny_lora(tiny) -> str:
+    return str(Path(tiny).with_name("lora.safetensors"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -49,7 +60,7 @@ def tiny(tmp_path) -> str:
 
 @pytest.mark.parametrize("which", ["tiny", "shipped"])
 @both
-def test_it_runs_from_top_to_bottom(file, tiny, which):
+def test_it_runs_from_top_to_bottom(file, tiny, tiny_lora, which):
     if which == "shipped" and not SHIPPED.is_dir():
         pytest.skip("the shipped model is not there")
     notebook = nbformat.read(file, as_version=4)
@@ -57,7 +68,7 @@ def test_it_runs_from_top_to_bottom(file, tiny, which):
         set_options(notebook, MODEL=tiny)
     set_options(notebook, SIZE=64)
     if file == SAMPLE:
-        set_options(notebook, STEPS=4)
+        set_options(notebook, STEPS=4, **({"LORA": tiny_lora} if which == "tiny" else {}))
     execute(notebook)
 
     words = ("show_", "display(", "as_jpeg(", "draw_unet(")
