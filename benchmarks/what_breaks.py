@@ -188,7 +188,8 @@ ROWS = {
         sampling={"guidance_scale": 16.0},
     ),
     "guidance of 16, rescaled": Row(
-        "The same with the spread of the conditional prediction restored (`guidance_rescale` 0.7, `Guidance.combine`).",
+        "The same with the spread of the conditional prediction restored (`guidance_rescale` 0.7, `Guidance.combine`): "
+        "of little help to a model that predicts ε.",
         sampling={"guidance_scale": 16.0, "guidance_rescale": 0.7},
     ),
     "the halves of guidance swapped": Row(
@@ -276,7 +277,9 @@ def page(results: list[dict]) -> str:
     rows = [row for row in ROWS if row in found]
     for row in rows:
         result, loss = found[row], found[row]["validation_loss"]
-        figures = f"{result['r_precision']:.0%} | {result['on_white_in_the_colour']:.0%} | {loss or ''}"
+        figures = (
+            f"{result['r_precision']:.0%} | {result['on_white_in_the_colour']:.0%} | {f'{loss:.4f}' if loss else ''}"
+        )
         lines.append(f"| [{row}](#{anchor(row)}) | {figures} |")
     for row in rows:
         lines += ["", f"## {row}", "", ROWS[row].lesson, "", f"![{row}]({FOLDER.name}/{file_of(row)})"]
