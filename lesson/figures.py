@@ -46,6 +46,16 @@ def show_curves(*panels: Panel, height: float = 3.2) -> None:
     plt.show()
 
 
+def show_strips(strips: dict[str, Image.Image]) -> None:
+    """Wide images below each other, each under its name."""
+    _, all_axes = plt.subplots(len(strips), 1, figsize=(8.4, 1.35 * len(strips)), layout="constrained", squeeze=False)
+    for axes, (name, strip) in zip(all_axes[:, 0], strips.items(), strict=True):
+        axes.imshow(np.asarray(strip.convert("RGB")))
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.axis("off")
+    plt.show()
+
+
 def as_jpeg(image: Image.Image) -> display.Image:
     """An image to end a cell with, as the tenth of a PNG's bytes."""
     image.convert("RGB").save(file := io.BytesIO(), "jpeg", quality=85)
