@@ -164,7 +164,12 @@ def test_a_full_disk_is_said_before_writing_with_what_is_needed(
 
 @pytest.mark.parametrize(
     "failure",
-    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/0")],
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 290176 vs 290068"),
+        RuntimeError("basic_ios::clear: iostream error"),
+    ],
 )
 def test_a_disk_that_fills_up_while_writing_loses_nothing(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, failure: Exception

@@ -320,8 +320,12 @@ class RunFolder:
                 )
             try:
                 torch.save(state, temporary)
-            except RuntimeError as error:  # how PyTorch's zip writer reports a failed write
-                if "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+            except (
+                RuntimeError
+            ) as error:  # how PyTorch's zip writer reports a failed write, depending on where it fails
+                if not any(
+                    word in str(error) for word in ("PytorchStreamWriter", "write", "inline_container", "iostream")
+                ):
                     raise
                 raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
         _flush(self.path / "metrics.csv")  # its rows up to here belong to this checkpoint
