@@ -174,7 +174,7 @@ class StableDiffusion:
         return name
 
     def set_lora_scale(self, name: str, scale: float) -> None:
-        """How strongly a LoRA counts from now on: 0 = not at all, bit for bit. ValueError if none is called that."""
+        """How strongly a LoRA counts from the next `sample` on: 0 = not at all, bit for bit. ValueError if unknown."""
         if name not in self.loras or not math.isfinite(scale):
             loaded = ", ".join(self.loras) or "none"
             raise ValueError(f"LoRA {name!r} at scale {scale}: the scale must be finite, and loaded are {loaded}.")
