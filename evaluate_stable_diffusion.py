@@ -158,7 +158,7 @@ def measure_obedience(made: list[Image.Image], real: list[Image.Image], prompts:
     sets = {"samples": made, "real_images": real, "shuffled_samples": made[half:] + made[:half]}
     return {
         "obedience": measure_monsters(made, asked, judge),
-        "attributes": {name: score_attributes(images, indices, judge) for name, images in sets.items()},
+        "attributes": score_attributes(sets, indices, judge),
     }
 
 

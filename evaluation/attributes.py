@@ -8,9 +8,7 @@ the shipped one tells colours, bodies, wings, bellies and elements, but hardly t
 import re
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 import monsters
 from evaluation.obedience import Judge
@@ -52,19 +50,25 @@ def _with_articles(text: str) -> str:
     return re.sub(r"\ban? (?=([a-z]))", lambda match: "an " if match[1] in "aeiou" else "a ", text)
 
 
-def score_attributes(images: list[Image.Image], indices: Sequence[int], judge: Judge) -> dict[str, dict]:
-    """By attribute: "asked" (how many captions name it) and "obeyed", the share of these, 0…1, with a hit.
+def score_attributes(
+    sets: dict[str, list[Image.Image]], indices: Sequence[int], judge: Judge
+) -> dict[str, dict[str, dict]]:
+    """By set of images and by attribute: "asked" (how many captions name it) and "obeyed", the share of hits, 0…1.
 
-    Images are of the monsters `indices`, one each.
+    Each set has one image of each of the monsters `indices`.
     """
-    hits: dict[str, list[bool]] = {}
-    features = judge.image_features(images)  # (N, P)
-    for feature, index in zip(features, indices, strict=True):
+    features = {name: judge.image_features(images) for name, images in sets.items()}  # (N, P) each
+    hits: dict[str, dict[str, list[bool]]] = {name: {} for name in sets}
+    for i, index in enumerate(indices):
         for attribute, captions in variants(index).items():
-            similarity: Tensor = judge.text_features(captions) @ feature  # (choices,)
-            hits.setdefault(attribute, []).append(similarity.argmax().item() == 0)
+            texts = judge.text_features(captions)  # (choices, P)
+            for name, images in features.items():
+                hits[name].setdefault(attribute, []).append((texts @ images[i]).argmax().item() == 0)
     return {
-        name: {"asked": len(hits[name]), "obeyed": torch.tensor(hits[name]).float().mean().item()}
-        for name in CHOICES
-        if name in hits
+        name: {
+            attribute: {"asked": len(found[attribute]), "obeyed": sum(found[attribute]) / len(found[attribute])}
+            for attribute in CHOICES
+            if attribute in found
+        }
+        for name, found in hits.items()
     }

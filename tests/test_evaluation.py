@@ -203,7 +203,8 @@ def test_a_perfect_model_gets_a_perfect_report(tmp_path: Path, monkeypatch: pyte
 def test_every_attribute_is_told_apart_in_drawings_and_not_by_grammar(judge: obedience.Judge) -> None:
     indices = range(obedience.FIRST_UNSEEN, obedience.FIRST_UNSEEN + 40)
     drawn = [monsters.draw(i, 96) for i in indices]
-    own, other = score_attributes(drawn, indices, judge), score_attributes(drawn[20:] + drawn[:20], indices, judge)
+    sets = {"own": drawn, "dealt out anew": drawn[20:] + drawn[:20]}
+    own, other = score_attributes(sets, indices, judge).values()
     assert set(own) == set(CHOICES) and all(4 <= own[name]["asked"] <= 40 for name in own)
     for name in own:  # what this CLIP cannot tell, its figures for real drawings say
         assert own[name]["obeyed"] >= {"tail": 0.5, "pattern": 0.3}.get(name, 0.85), name

@@ -85,7 +85,7 @@ FAULTS = [
     Fault("every checkpoint called the best", REPORTER, "is_best = score < self.best", "is_best = True", "test_training.py::test_the_best_model_is_the_one_with_the_lowest_validation_loss"),
     # What is reported of copies
     Fault("a training image is its own nearest", "evaluate_stable_diffusion.py", "but=torch.arange(len(known))", "but=None", COPIES + "[True]"),
-    Fault("half of the samples called copies", "evaluate_stable_diffusion.py", "baseline.quantile(0.01)", "baseline.quantile(0.9)", COPIES + "[False]"),
+    Fault("half of the samples called copies", "evaluate_stable_diffusion.py", "name).quantile(0.01)", "name).quantile(0.9)", COPIES + "[False]"),
     Fault("mirrored copies not found", "evaluate_stable_diffusion.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", COPIES + "[False]"),
     # Attention
     Fault("attention not scaled where it is spelled out", "diffusion_model.py", "(q * q.shape[-1] ** -0.5) @ k.mT", "q @ k.mT", "test_unet.py::test_attention_and_its_gradients_are_those_of_pytorch[dtype1-77]"),
