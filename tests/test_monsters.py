@@ -396,8 +396,9 @@ def test_a_data_set_is_drawn_once_in_parallel_and_then_cached(tmp_path, monkeypa
 
 
 DRAW_MANY = """
-import multiprocessing, os, sys
+import multiprocessing, os, signal, sys
 from monsters import dataset
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it
 multiprocessing.set_start_method("fork")  # so that the workers inherit the pipe and the function below
 pipe, draw = int(sys.argv[1]), dataset.draw
 def draw_and_tell(index, size):
