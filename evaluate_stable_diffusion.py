@@ -48,10 +48,10 @@ from tqdm import tqdm
 import monsters
 from evaluation.attention import attention_sheet, score_parts, sharpest_layer
 from evaluation.attributes import score_attributes
-from evaluation.obedience import FIRST_UNSEEN, Judge, Unseen, measure_monsters, unseen_monsters
+from evaluation.obedience import FIRST_UNSEEN, Judge, Unseen, dealt_out_anew, measure_monsters, unseen_monsters
 from evaluation.report import in_words
 from evaluation.statistics import kid, mean_interval, precision_recall_coverage
-from evaluation.timestep_loss import prediction_errors, tenths
+from evaluation.timestep_loss import by_tenths, prediction_errors, tenths
 from images import captioned_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
@@ -149,40 +149,38 @@ def thumbnails(made: list[Image.Image]) -> Tensor:
     return torch.stack([to_pixels(image, THUMBNAIL) for image in made])
 
 
-def measure_obedience(made: list[Image.Image], real: list[Image.Image], prompts: list[str], asked: list[Unseen],
-                      judge: Judge) -> dict:  # fmt: skip
+def measure_obedience(
+    made: list[Image.Image], real: list[Image.Image], prompts: list[str], asked: list[Unseen], judge: Judge
+) -> dict:
     """R-precision; for monsters (`asked`) also colours, and each attribute of the captions."""
     if not asked:
         return {"obedience": judge.with_controls(made, real, prompts)}
-    indices, half = [monster.index for monster in asked], len(made) // 2
-    sets = {"samples": made, "real_images": real, "shuffled_samples": made[half:] + made[:half]}
+    sets = {"samples": made, "real_images": real, "shuffled_samples": dealt_out_anew(made)}
     return {
         "obedience": measure_monsters(made, asked, judge),
-        "attributes": score_attributes(sets, indices, judge),
+        "attributes": score_attributes(sets, [monster.index for monster in asked], judge),
     }
 
 
 def measure_prediction(model: StableDiffusion, pixels: Tensor, prompts: list[str]) -> dict:
     """The U-Net's squared error on images (n, 3, H, W) with their prompts, by tenths of the timesteps."""
     errors = prediction_errors(model, pixels, prompts)
-    parts = tenths(errors)
     return {
         "mean": fmean(errors),
         "interval": mean_interval(errors),
-        "by_tenths": [fmean(part) for part in parts],
-        "intervals_of_tenths": [mean_interval(part) for part in parts],
+        "by_tenths": by_tenths(errors),
+        "intervals_of_tenths": [mean_interval(part) for part in tenths(errors)],
     }
 
 
 def measure_copying(of_samples: Nearest, of_others: Nearest) -> dict:
     """How near samples come to training images, against images that cannot be copies (`of_others`)."""
+    measures = ("distance", "calibrated")
     report: dict = {}
     for name, found in (("samples", of_samples), ("images_that_are_no_copies", of_others)):
-        report[name] = {
-            "distance": {"mean": found.distance.mean().item(), "smallest": found.distance.min().item()},
-            "calibrated": {"mean": found.calibrated.mean().item(), "smallest": found.calibrated.min().item()},
-        }
-    for name in ("distance", "calibrated"):
+        values = {measure: getattr(found, measure) for measure in measures}
+        report[name] = {measure: {"mean": v.mean().item(), "smallest": v.min().item()} for measure, v in values.items()}
+    for name in measures:
         limit = getattr(of_others, name).quantile(0.01)
         report[f"share_of_copies_by_{name}"] = (getattr(of_samples, name) < limit).float().mean().item()
     return report

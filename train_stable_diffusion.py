@@ -27,6 +27,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image
@@ -285,7 +286,7 @@ class Run:
         if self.reporter.due("validation"):
             with self.evaluation_mode():
                 losses = validation_losses(self.model.unet, self.data, self.held_out, self.model, self.processes)
-            score = math.fsum(losses) / len(losses)
+            score = fmean(losses)
             self.reporter.log(validation_loss=score, **dict(zip(self.TENTHS, by_tenths(losses), strict=True)))
             self.reporter.say(f"step {self.reporter.step}: validation loss {score:.4f}")
         if self.reporter.due("preview"):

@@ -1,5 +1,6 @@
-"""How the benchmarks measure: seconds, the machine's name, and files of results that different machines may share."""
+"""How the benchmarks measure: seconds, losses, the machine's name, and result files that machines may share."""
 
+import csv
 import json
 import time
 from collections.abc import Callable
@@ -20,6 +21,12 @@ def seconds(work: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def last_validation_loss(run_folder: Path) -> float:
+    """Of a training run, from its metrics.csv."""
+    with open(run_folder / "metrics.csv", encoding="utf-8") as file:
+        return [float(line["validation_loss"]) for line in csv.DictReader(file) if line["validation_loss"]][-1]
 
 
 def machine(device: str) -> dict:

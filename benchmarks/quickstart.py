@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import train_stable_diffusion
-from benchmarks.measuring import keep, kept, machine
+from benchmarks.measuring import keep, kept, last_validation_loss, machine
 from train_stable_diffusion import Batch, draw_batch
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
@@ -129,12 +129,10 @@ def batch_size_of(row: str) -> int:
 def measure(row: str, seed: int, steps: int, folder: Path) -> dict:
     """Trains for so many steps, which ends with drawing and judging the unseen monsters."""
     train(row, folder, "--max_steps", str(steps), "--seed", str(seed), "--final_samples", str(UNSEEN))
-    with open(folder / "metrics.csv", encoding="utf-8") as file:
-        losses = [float(line["validation_loss"]) for line in csv.DictReader(file) if line["validation_loss"]]
     report = json.loads((folder / "unseen.json").read_text(encoding="utf-8"))
     kept = ("r_precision", "on_white_in_the_colour", "r_precision_of_real_images", "r_precision_of_shuffled_images")
-    measured = {"row": row, "seed": seed, "steps": steps, "validation_loss": losses[-1]} | {k: report[k] for k in kept}
-    return measured | {"recipe": recipe(row)}
+    measured = {"row": row, "seed": seed, "steps": steps, "validation_loss": last_validation_loss(folder)}
+    return measured | {k: report[k] for k in kept} | {"recipe": recipe(row)}
 
 
 def recipe(row: str) -> dict:

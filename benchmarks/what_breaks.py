@@ -12,7 +12,6 @@ all. A fault is put in here, from outside: the code has no switch for it.
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import json
 import subprocess
@@ -29,7 +28,9 @@ from torch import Tensor
 import stable_diffusion_model
 import train_stable_diffusion
 import training.captioned_latents
-from benchmarks.measuring import keep, kept, machine
+from benchmarks.contestants import ROOT
+from benchmarks.measuring import keep, kept, last_validation_loss, machine
+from evaluation.attention import SHIPPED_MODEL
 from evaluation.obedience import Judge, measure_monsters, unseen_monsters
 from guidance import Guidance
 from images import image_sheet, save_png, to_pixels, to_rgb
@@ -39,11 +40,9 @@ from training.image_files import decode
 from training.presets import PRESETS
 from vae_model import VAE
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).with_suffix("")  # of the sheets
 RESULTS, PAGE = Path(__file__).with_suffix(".json"), Path(__file__).with_suffix(".md")
 STEPS, UNSEEN, SHOWN = PRESETS["monsters"]["max_steps"], 64, 8
-SHIPPED_MODEL = ROOT / "stable_diffusion_results" / "monsters" / "model"
 HOW = {"steps": 15, "guidance_scale": 3.0, "sampler": "dpm++2m", "height": 128, "width": 128}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,9 +254,7 @@ def measure(row: str, folder: Path) -> dict:
         figures: dict = {"row": row, "validation_loss": None}
         if ROWS[row].sampling is None:
             train(row, folder)
-            with open(folder / "metrics.csv", encoding="utf-8") as file:
-                losses = [float(line["validation_loss"]) for line in csv.DictReader(file) if line["validation_loss"]]
-            figures["validation_loss"] = losses[-1]
+            figures["validation_loss"] = last_validation_loss(folder)
         return figures | judge(row, ROWS[row].model or folder / "model")
 
 
@@ -276,11 +273,9 @@ def page(results: list[dict]) -> str:
     ]
     rows = [row for row in ROWS if row in found]
     for row in rows:
-        result, loss = found[row], found[row]["validation_loss"]
-        figures = (
-            f"{result['r_precision']:.0%} | {result['on_white_in_the_colour']:.0%} | {f'{loss:.4f}' if loss else ''}"
-        )
-        lines.append(f"| [{row}](#{anchor(row)}) | {figures} |")
+        shares = [f"{found[row][name]:.0%}" for name in ("r_precision", "on_white_in_the_colour")]
+        loss = found[row]["validation_loss"]
+        lines.append(f"| {' | '.join([f'[{row}](#{anchor(row)})', *shares, f'{loss:.4f}' if loss else ''])} |")
     for row in rows:
         lines += ["", f"## {row}", "", ROWS[row].lesson, "", f"![{row}]({FOLDER.name}/{file_of(row)})"]
     lines += [

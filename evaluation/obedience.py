@@ -43,13 +43,16 @@ class Judge:
         mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))
         return cls(clip.eval(), tokenizer, mean, std)
 
+    def _pixels(self, images: list[Image.Image]) -> Tensor:
+        """(N, 3, side, side), as the CLIP was trained on them."""
+        side = self.clip.config.vision_config.image_size
+        pixels = torch.stack([to_pixels(image, side) for image in images])  # in [-1, 1]
+        return ((pixels + 1) / 2 - self.mean) / self.std
+
     def image_features(self, images: list[Image.Image]) -> Tensor:
         """(N, P), unit vectors."""
-        side = self.clip.config.vision_config.image_size
-        pixels = torch.stack([to_pixels(image, side) for image in images])  # (N, 3, side, side) in [-1, 1]
-        parts = (((pixels + 1) / 2 - self.mean) / self.std).split(50)
         with torch.no_grad():
-            return torch.cat([embed_images(self.clip, part) for part in parts])
+            return torch.cat([embed_images(self.clip, part) for part in self._pixels(images).split(50)])
 
     def text_features(self, captions: list[str]) -> Tensor:
         """(N, P), unit vectors."""
@@ -58,18 +61,20 @@ class Judge:
 
     def r_precision(self, images: list[Image.Image], captions: list[str]) -> float:
         """The share, 0…1, of images whose own caption is the nearest of all; captions that are equal count as one."""
-        side = self.clip.config.vision_config.image_size
-        pixels = torch.stack([to_pixels(image, side) for image in images])  # (N, 3, side, side) in [-1, 1]
-        return retrieval(self.clip, self.tokenizer, ((pixels + 1) / 2 - self.mean) / self.std, captions)[0]
+        return retrieval(self.clip, self.tokenizer, self._pixels(images), captions)[0]
 
     def with_controls(self, images: list[Image.Image], real: list[Image.Image], captions: list[str]) -> dict:
         """R-precision of images, of the real ones of these captions, and of the images dealt out anew (about 1/N)."""
-        shuffled = images[len(images) // 2 :] + images[: len(images) // 2]  # each goes to another caption
         return {
             "r_precision": self.r_precision(images, captions),
             "r_precision_of_real_images": self.r_precision(real, captions),
-            "r_precision_of_shuffled_images": self.r_precision(shuffled, captions),
+            "r_precision_of_shuffled_images": self.r_precision(dealt_out_anew(images), captions),
         }
+
+
+def dealt_out_anew(images: list[Image.Image]) -> list[Image.Image]:
+    """Each goes to another caption: what chance gives."""
+    return images[len(images) // 2 :] + images[: len(images) // 2]
 
 
 @dataclass

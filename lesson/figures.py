@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython import display
-from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
@@ -122,16 +121,13 @@ def paths(sampler: str, steps: int, count: int, seed: int = 0) -> tuple[Tensor, 
 
 def show_paths(samplers: Sequence[str], steps: int, count: int = 60) -> None:
     """The paths of some samplers from noise (left) to data (right)."""
-    _, all_axes = plt.subplots(1, len(samplers), figsize=(3.6 * len(samplers), 3), layout="constrained", sharey=True)
-    for axes, sampler in zip(np.atleast_1d(all_axes), samplers, strict=True):
+    layout = {"figsize": (3.6 * len(samplers), 3), "layout": "constrained", "sharey": True, "squeeze": False}
+    _, all_axes = plt.subplots(1, len(samplers), **layout)
+    for axes, sampler in zip(all_axes[0], samplers, strict=True):
         t, x = paths(sampler, steps, count)
-        _draw_paths(axes, t, x)
+        for path in x.T:
+            axes.plot(t, path, color="C0" if path[-1] > 0 else "C1", linewidth=0.7, alpha=0.7)
         axes.set(title=f"{sampler}, {steps} steps", xlabel="timestep t", xlim=(1000, 0))
-    np.atleast_1d(all_axes)[0].set_ylabel("$x_t$ (one number)")
+        axes.grid(alpha=0.3)
+    all_axes[0, 0].set_ylabel("$x_t$ (one number)")
     plt.show()
-
-
-def _draw_paths(axes: Axes, t: Tensor, x: Tensor) -> None:
-    for path in x.T:
-        axes.plot(t, path, color="C0" if path[-1] > 0 else "C1", linewidth=0.7, alpha=0.7)
-    axes.grid(alpha=0.3)

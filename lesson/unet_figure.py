@@ -79,10 +79,12 @@ def draw_unet(config: UNetConfig, height: int, width: int) -> Figure:
             _arrow(axes, *((2.7 * side, y) for y in ends[::-side]), text, "black", beside=0.1)
     _arrow(axes, (-2.7, -depth + 0.66), (-1.36, -depth), "", "black")
     _arrow(axes, (1.36, -depth), (2.7, -depth + 0.66), "", "black")
-    ends = f"{config.in_channels} × {height} × {width}", f"{config.out_channels} × {height} × {width}"
-    for x, text, start, end in ((-2.7, f"$x_t$: {ends[0]}", 0.85, 0.34), (2.7, f"$\\epsilon$: {ends[1]}", 0.34, 0.85)):
-        axes.text(x, 1.0, text, ha="center", va="bottom")
-        _arrow(axes, (x, start), (x, end), "conv_in" if x < 0 else "conv_out", "black", beside=0.1)
+    for x, name, channels, layer, start, end in (
+        (-2.7, "x_t", config.in_channels, "conv_in", 0.85, 0.34),
+        (2.7, "\\epsilon", config.out_channels, "conv_out", 0.34, 0.85),
+    ):
+        axes.text(x, 1.0, f"${name}$: {channels} × {height} × {width}", ha="center", va="bottom")
+        _arrow(axes, (x, start), (x, end), layer, "black", beside=0.1)
     axes.text(
         0, 1.0, f"t → {4 * config.block_out_channels[0]} numbers, into every ResnetBlock", ha="center", va="bottom"
     )
@@ -94,10 +96,10 @@ def _box(axes: Axes, x: float, y: float, stage: Stage) -> None:
     colour = "#cfe3f5" if stage.attends else "#eeeeee"
     style = {"boxstyle": "round,pad=0.04", "facecolor": colour, "edgecolor": "black", "linewidth": 0.8}
     axes.add_patch(FancyBboxPatch((x - 1.3, y - 0.3), 2.6, 0.6, **style))
-    kind = "(ResnetBlock + SpatialTransformer)" if stage.attends else "ResnetBlock"
-    blocks = f"{stage.resnets} × {kind}"
-    if stage.name.startswith("mid"):
+    if stage.name == "mid_block":
         blocks = "ResnetBlock, SpatialTransformer, ResnetBlock"
+    else:
+        blocks = f"{stage.resnets} × {'(ResnetBlock + SpatialTransformer)' if stage.attends else 'ResnetBlock'}"
     axes.text(x, y + 0.1, " × ".join(map(str, stage.shape)), ha="center", va="center", weight="bold")
     axes.text(x, y - 0.14, blocks, ha="center", va="center", fontsize=7.5)
 
@@ -112,6 +114,12 @@ def _arrow(
     axes.text(x + beside, y if beside else y + 0.04, text, fontsize=8, color=colour, **where)
 
 
+def save(figure: Figure, path: Path) -> None:
+    """As SVG, PNG or PDF by its name; an SVG has its words as text, and the same bytes every time."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unet"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the shape of Stable Diffusion 1.x")
@@ -123,10 +131,7 @@ def main() -> None:
         from stable_diffusion_model import StableDiffusion
 
         config = StableDiffusion.from_pretrained(options.model).unet.config
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unet"}):  # the same bytes every time
-        draw_unet(config, options.resolution // 8, options.resolution // 8).savefig(
-            options.output, metadata={"Date": None} if options.output.suffix == ".svg" else None, dpi=150
-        )
+    save(draw_unet(config, options.resolution // 8, options.resolution // 8), options.output)
 
 
 if __name__ == "__main__":

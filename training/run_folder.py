@@ -264,33 +264,11 @@ class RunFolder:
                 raise UserError(f"{file}: line {number} is damaged ({line[:60]!r}); delete that line to go on.")
         return rows
 
-    def plot(
-        self, curves: dict[str, str], ylabel: str, file: str = "loss.png", log_scale: bool = False,
-        beside: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        """Draws columns of metrics.csv against the step; `curves` maps a column to its label.
+    def plot(self, curves: dict[str, str], ylabel: str, file: str = "loss.png", **how: Any) -> None:
+        """Draws columns of metrics.csv against the step; see `training.plots.draw_columns`."""
+        from training.plots import draw_columns  # imported when used: matplotlib is slow to load
 
-        `beside`: columns for a second panel with a logarithmic scale, coloured in their order.
-        """
-        from matplotlib import colormaps  # imported when used: it is slow to load
-        from matplotlib.figure import Figure
-
-        panels = [curves, beside] if beside else [curves]
-        figure = Figure(figsize=(7 * len(panels), 4), layout="constrained")
-        rows = self.metrics()
-        for place, panel in enumerate(panels, 1):
-            axes = figure.add_subplot(1, len(panels), place, xlabel="step", ylabel=ylabel)
-            for i, (column, label) in enumerate(panel.items()):
-                points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-                style = {"color": colormaps["viridis"](i / len(panel))} if panel is beside else {}
-                if points:
-                    marker = "." if len(points) < 40 else None
-                    axes.plot(*zip(*points, strict=True), label=label, marker=marker, **style)
-            if axes.lines:
-                axes.legend(fontsize=7 if panel is beside else None)
-            if log_scale or panel is beside:
-                axes.set_yscale("log")
-            axes.grid(alpha=0.3)
+        figure = draw_columns(self.metrics(), curves, ylabel, **how)
         with atomically(self.path / file) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
 
