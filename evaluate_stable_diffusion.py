@@ -104,16 +104,12 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
         if options.reuse and all(file.is_file() for file in files):
             made += [to_rgb(Image.open(file)) for file in files]
             continue
-        made += model.sample(
-            part,
-            steps=options.steps,
-            sampler=options.sampler,
-            guidance_scale=options.guidance_scale,
-            seeds=options.seed + start,
-            height=options.resolution,
-            width=options.resolution,
-            progress=False,
-        )
+        how = {"steps": options.steps, "sampler": options.sampler, "guidance_scale": options.guidance_scale}
+        how |= {"height": options.resolution, "width": options.resolution, "progress": False}
+        try:
+            made += model.sample(part, seeds=options.seed + start, **how)
+        except FloatingPointError as error:  # an overflow
+            raise UserError(str(error)) from error
         for file, image in zip(files, made[start:], strict=True):
             save_png(image, file)
     return made

@@ -7,11 +7,12 @@ A file has two thin matrices for each adapted layer, `down` and `up`. All layout
     first diffusers       unet.down_blocks.0.….attn1.processor.to_q_lora.down.weight
     kohya                 lora_unet_down_blocks_0_…_attn1_to_q.lora_down.weight  lora_up, and a number `alpha`
 
-diffusers keeps α in the file's metadata, and many files have none, which means α = r. So α is multiplied into `up` when
-a file is written here, and it means the same to every reader.
+diffusers keeps α in the file's metadata, peft in adapter_config.json beside it, and many files have none, which means
+α = r. So α is multiplied into `up` when a file is written here, and it means the same to every reader.
 """
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from lora import adapted, add_to
 from published.ldm_layout import unet_to_ldm
-from published.weight_files import locate, read_checkpoint, write_safetensors
+from published.weight_files import locate, read_checkpoint, read_json, write_safetensors
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 NETWORKS = {"unet": "U-Net", "text_encoder": "text encoder"}
@@ -70,6 +71,7 @@ def read_lora(path: Path) -> dict[str, dict[str, Change]]:
     Names of layers are as in the file, without prefix and ending; `find_layers` finds the layers that they mean.
     """
     tensors, metadata = read_checkpoint(path)
+    config = _config_of(path, metadata)
     rest, found = dict(tensors), {network: {} for network in NETWORKS}
     for name in tensors:
         for down_end, up_end in ENDINGS:
@@ -77,16 +79,17 @@ def read_lora(path: Path) -> dict[str, dict[str, Change]]:
             if layer == name or layer + up_end not in tensors:
                 continue
             down, up = rest.pop(name), rest.pop(layer + up_end)
-            if down.ndim not in (2, 4) or down.ndim != up.ndim or down.shape[0] != up.shape[1] or not len(down):
-                raise ValueError(
-                    f"{path}: the matrices of {layer} do not fit each other ({tuple(down.shape)} and "
-                    f"{tuple(up.shape)}); download it again."
-                )
-            if not (down.isfinite().all() and up.isfinite().all()):
-                raise ValueError(f"{path}: the matrices of {layer} hold numbers that are not finite.")
+            _check_matrices(path, layer, down, up)
             network, inside = _network_of(layer)
-            alpha = rest.pop(layer + ".alpha", None)
-            alpha = _alpha_in(metadata, network, inside, len(down)) if alpha is None else float(alpha)
+            if inside in found[network]:
+                raise ValueError(f"{path} changes {layer} twice, in two layouts; download it again.")
+            try:
+                alpha = rest.pop(layer + ".alpha", None)
+                alpha = _alpha_in(config, network, inside, len(down)) if alpha is None else float(alpha)
+            except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as error:
+                raise ValueError(f"{path}: the α of {layer} cannot be read; download it again.") from error
+            if not math.isfinite(alpha):
+                raise ValueError(f"{path}: the α of {layer} is {alpha}, not a finite number.")
             found[network][inside] = Change(down, up, alpha)
             break
     if rest:
@@ -99,6 +102,22 @@ def read_lora(path: Path) -> dict[str, dict[str, Change]]:
     return found
 
 
+def _check_matrices(path: Path, layer: str, down: Tensor, up: Tensor) -> None:
+    for matrix in (down, up):
+        if matrix.layout != torch.strided or matrix.is_meta or matrix.is_complex():
+            raise ValueError(
+                f"{path}: the matrices of {layer} are sparse, empty or complex; pass a LoRA of plain ones."
+            )
+    fit = down.ndim in (2, 4) and down.ndim == up.ndim and down.shape[0] == up.shape[1] and len(down)
+    if not fit or up.shape[2:] not in ((), (1, 1)):
+        raise ValueError(
+            f"{path}: the matrices of {layer} do not fit each other ({tuple(down.shape)} and {tuple(up.shape)}); "
+            "download it again."
+        )
+    if not (down.float().isfinite().all() and up.float().isfinite().all()):
+        raise ValueError(f"{path}: the matrices of {layer} hold numbers that are not finite.")
+
+
 def _network_of(layer: str) -> tuple[str, str]:
     """Which network a layer's full name belongs to, and its name there."""
     for prefix, network in PREFIXES.items():
@@ -107,16 +126,26 @@ def _network_of(layer: str) -> tuple[str, str]:
     return "unet", layer
 
 
-def _alpha_in(metadata: dict[str, Any], network: str, layer: str, rank: int) -> float:
-    """α by diffusers' metadata of the file; the rank if it says nothing."""
+def _config_of(path: Path, metadata: dict[str, Any]) -> Any:
+    """peft's options: in diffusers' files as metadata, "unet.lora_alpha" and so on; in peft's folders beside them."""
+    beside = path.with_name("adapter_config.json")
+    if path.stem == "adapter_model" and beside.is_file():
+        return {f"unet.{name}": value for name, value in read_json(beside).items()}
     try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (ValueError, TypeError):
-        return float(rank)
-    for pattern, alpha in (config.get(f"{network}.alpha_pattern") or {}).items():
+        return {}
+
+
+def _alpha_in(config: dict[str, Any], network: str, layer: str, rank: int) -> float:
+    """α by peft's options, as it counts here, where a change is α/r B A; the rank if they say nothing."""
+    alpha = config.get(f"{network}.lora_alpha", rank)
+    for pattern, other in (config.get(f"{network}.alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):  # as peft reads it
-            return float(alpha)
-    return float(config.get(f"{network}.lora_alpha", rank))
+            alpha = other
+            break
+    # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) has α/√r in the place of α/r.
+    return float(alpha) * math.sqrt(rank) if config.get(f"{network}.use_rslora") else float(alpha)
 
 
 def find_layers(
@@ -146,6 +175,8 @@ def find_layers(
                 f"{source} changes {name} by a matrix of {theirs} (rank {rank}), but that of this model is {shape}: "
                 "it was made for another base model."
             )
+        if any(layers[name] is other for other, _ in found):
+            raise ValueError(f"{source} changes {name} twice, under two names; download it again.")
         found.append((layers[name], change))
     return found
 

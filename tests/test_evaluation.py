@@ -18,8 +18,10 @@ from evaluation.attributes import CHOICES, score_attributes, variants
 from evaluation.statistics import kid, mean_interval, precision_recall_coverage, share_interval
 from evaluation.timestep_loss import by_tenths, prediction_errors
 from noise_schedule import NoiseSchedule
+from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model
+from training.script import UserError
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +288,17 @@ def test_prediction_errors_are_those_of_the_steps_loss_and_repeat_themselves() -
         patch.setattr(NoiseSchedule, "add_noise", remember)
         patch.setattr(model.unet, "forward", lambda *_: seen[-1])
         assert max(prediction_errors(model, pixels, ["a"] * 3)) == 0.0
+
+
+def test_an_overflow_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(*_: object, **__: object) -> None:
+        raise FloatingPointError("The latents overflowed.")
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(StableDiffusion, "sample", overflow)
+    argv = [str(tmp_path / "model"), "--dataset", "monsters:4", "--num_samples", "2", "--resolution", "64"]
+    with pytest.raises(UserError, match=r"The latents overflowed\."):
+        script.main([*argv, "--device", "cpu", "--output_dir", str(tmp_path / "report")])
 
 
 def test_the_documented_command_takes_the_model_first(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -237,6 +238,42 @@ def test_a_file_of_theirs_gives_their_image(folder: Path, tmp_path: Path, with_a
         assert_same(base, ours(model, "ddim"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"lora_alpha": 6}, {"lora_alpha": 3, "use_rslora": True}, {"lora_alpha": 6, "alpha_pattern": {"to_q": 1}}],
+)
+def test_a_folder_of_peft_gives_its_image(folder: Path, tmp_path: Path, options: dict) -> None:
+    """peft keeps α in adapter_config.json alone."""
+    model, pipe = open_both(folder)
+    torch.manual_seed(0)
+    network = get_peft_model(pipe.unet, LoraConfig(r=4, target_modules=["to_q", "to_out.0", "conv1"], **options))
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    network.save_pretrained(tmp_path)
+    model.load_lora(tmp_path)
+    assert_same(ours(model, "ddim"), theirs(pipe, "ddim"))
+    (tmp_path / "adapter_config.json").unlink()  # then α = r: another image
+    other, _ = open_both(folder)
+    other.load_lora(tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same(ours(other, "ddim"), theirs(pipe, "ddim"))
+
+
+@pytest.mark.parametrize(
+    "config", [{"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_[qk]": 8.0}}, {"unet.lora_alpha": 3}]
+)
+def test_alpha_by_diffusers_metadata(tmp_path: Path, config: dict) -> None:
+    write_lora(tmp_path / "a.safetensors", with_changes(tiny_unet(), rank=4, alpha=4.0))
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata)
+    found = read_lora(tmp_path / "b.safetensors")["unet"]
+    patterned = "unet.alpha_pattern" in config
+    assert {name: change.alpha for name, change in found.items()} == {
+        name: 8.0 if patterned and name.endswith(("to_q", "to_k")) else 3.0 for name in found
+    }
+
+
 def kohya(name: str) -> str:
     """diffusers' name in kohya's layout."""
     network, _, layer = name.partition(".")
@@ -359,6 +396,22 @@ def spoil(tensors: dict[str, Tensor], how: str, path: Path) -> None:
         tensors[name] = tensors[name] * float("nan")
     elif how == "half is missing":
         del tensors[name]
+    elif how == "up of 3x3":
+        name = next(k for k in tensors if tensors[k].ndim == 4 and "lora_B" in k)
+        tensors[name] = tensors[name].expand(-1, -1, 3, 3).contiguous()
+    elif how == "one layer twice":
+        key = name.partition(".lora_")[0]
+        for old, new in ((".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up.weight")):
+            tensors["lora_unet_" + key.removeprefix("unet.").replace(".", "_") + new] = tensors[key + old].clone()
+    elif how == "one name twice":
+        key = name.partition(".lora_")[0]
+        for old, new in ((".lora_A.weight", ".lora.down.weight"), (".lora_B.weight", ".lora.up.weight")):
+            tensors[key + new] = tensors[key + old].clone()
+    elif how == "complex":
+        tensors = {k: t.to(torch.complex64) for k, t in tensors.items()}
+    elif how in ("alpha of nan", "alpha of two", "alpha of none"):
+        alpha = {"nan": torch.tensor(float("nan")), "two": torch.ones(2), "none": torch.ones(0)}[how.split()[-1]]
+        tensors[name.partition(".lora_")[0] + ".alpha"] = alpha
     elif how == "dora":
         tensors[name.replace("lora_A.weight", "lora_magnitude_vector")] = torch.ones(4)
     elif how == "a whole model":
@@ -368,7 +421,9 @@ def spoil(tensors: dict[str, Tensor], how: str, path: Path) -> None:
     if how == "a pickle":
         torch.save(nn.Linear(2, 2), path)
     else:
-        save_file(tensors, path)
+        options = {"alpha of infinity": {"unet.lora_alpha": math.inf}, "alpha of a list": {"unet.lora_alpha": [1]}}
+        options |= {"pattern": {"unet.alpha_pattern": {"(": 1}}, "options in a list": []}
+        save_file(tensors, path, {"lora_adapter_metadata": json.dumps(options[how])} if how in options else None)
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
 
@@ -381,6 +436,17 @@ def spoil(tensors: dict[str, Tensor], how: str, path: Path) -> None:
         ("other rank", "do not fit each other"),
         ("rank 0", "do not fit each other"),
         ("nan", "not finite"),
+        ("up of 3x3", "do not fit each other"),
+        ("one layer twice", "twice, under two names"),
+        ("one name twice", "twice, in two layouts"),
+        ("complex", "are sparse, empty or complex"),
+        ("alpha of nan", "is nan, not a finite number"),
+        ("alpha of infinity", "is inf, not a finite number"),
+        ("alpha of two", "cannot be read"),
+        ("alpha of none", "cannot be read"),
+        ("alpha of a list", "cannot be read"),
+        ("pattern", "cannot be read"),
+        ("options in a list", "cannot be read"),
         ("half is missing", "is not \\(only\\) a LoRA"),
         ("dora", "lora_magnitude_vector"),
         ("a whole model", "unet.conv_in.weight"),

@@ -62,8 +62,9 @@ def learned(run: Path) -> dict:
     return load_checkpoint(run, torch.device("cpu"))
 
 
-def test_only_the_low_rank_weights_are_trained_and_kept(base: Path, tmp_path: Path, capsys) -> None:
-    run = train(base, tmp_path / "run")
+@pytest.mark.parametrize("factor", [1, 3], ids=["alpha as the rank", "three times the rank"])
+def test_only_the_low_rank_weights_are_trained_and_kept(base: Path, tmp_path: Path, capsys, factor: int) -> None:
+    run = train(base, tmp_path / "run", *(["--lora_alpha", str(8 * factor)] if factor > 1 else []))
     state = learned(run)
     assert state["unet"].keys() == state["ema"].keys()
     assert all(".changes.default." in name for name in state["unet"])
@@ -82,7 +83,7 @@ def test_only_the_low_rank_weights_are_trained_and_kept(base: Path, tmp_path: Pa
     assert list(changed) == lora.targets(tiny_unet())
     for name, layer in changed.items():
         down, up = (state["ema"][f"{name}.changes.default.{half}.weight"] for half in ("down", "up"))
-        torch.testing.assert_close(layer.weight, before[f"{name}.weight"] + up @ down)
+        torch.testing.assert_close(layer.weight, before[f"{name}.weight"] + factor * up @ down)
     printed = capsys.readouterr().out
     command = next(line for line in printed.splitlines() if line.startswith("Sample from it:"))
     assert command.endswith(f"--model {base} --lora {run / 'lora'}")
