@@ -112,7 +112,8 @@ def pictures(case: Case, side: str) -> Callable[[], object]:
 
 def training(case: Case, side: str, cached: bool) -> Callable[[], object]:
     model, parts, device = MODELS[case.model], build(case, side), torch.device(case.device)
-    N, h, width = model.batch, model.train_side // 8, model.unet.context_dim
+    (pixels_a_side, N), width = model.training_on(case.device), model.unet.context_dim
+    h = pixels_a_side // 8
     if side == "ours":
         moments = torch.randn(N, 1, 8, h, h, device=device, dtype=torch.float16)
         contexts = torch.randn(N + 1, 77, width, device=device, dtype=torch.float16)
@@ -125,7 +126,7 @@ def training(case: Case, side: str, cached: bool) -> Callable[[], object]:
     scheduler = DDPMScheduler(**BETAS)
     if not cached:  # accelerate's mixed precision: the frozen networks in the low one, the U-Net under autocast
         vae, text = (part.to(device, case.torch_dtype) for part in (parts.vae, parts.text_encoder.model))
-        pixels = torch.randn(N, 3, model.train_side, model.train_side, device=device, dtype=case.torch_dtype)
+        pixels = torch.randn(N, 3, pixels_a_side, pixels_a_side, device=device, dtype=case.torch_dtype)
     ids = torch.randint(2, 100, (N, 77), device=device)
     latents, context = torch.randn(N, 4, h, h, device=device), torch.randn(N, 77, width, device=device)
 
@@ -164,9 +165,6 @@ WORK |= {"sampling": sampling}
 def measure(case: Case, rounds: int) -> dict:
     """Seconds of each side in each round, their ratios, and the peak memory of each side."""
     times = time_in_turn(case, rounds)
-    gc.collect()
-    if case.device == "cuda":
-        torch.cuda.empty_cache()
     result = asdict(case) | {"seconds": times, "memory_mb": {side: peak_memory(case, side) for side in times}}
     for side in case.sides()[1:]:
         ratios = [theirs / ours for theirs, ours in zip(times[side], times["ours"], strict=True)]
@@ -197,7 +195,13 @@ def work_of(case: Case, side: str) -> Callable[[], object]:
 
 
 def peak_memory(case: Case, side: str) -> float | None:
-    """Peak of a process that does this side's work three times, in MB; None if it fails."""
+    """Peak of a side that does its work three times, in MB; on a CPU in a process of its own, None if that fails."""
+    if case.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return alone(side, case) - before / 1e6
     command = [sys.executable, "-m", "benchmarks.compare_diffusers", "--alone", side, json.dumps(asdict(case))]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ended.returncode:

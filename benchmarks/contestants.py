@@ -40,6 +40,11 @@ class Model:
     side: int  # of the images, in pixels: sampling, and the VAE
     train_side: int
     batch: int
+    on_gpu: tuple[int, int] | None = None  # what GPUs train on: side and batch, if others
+
+    def training_on(self, device: str) -> tuple[int, int]:
+        """Side of the images and size of a batch."""
+        return self.on_gpu if self.on_gpu and device == "cuda" else (self.train_side, self.batch)
 
 
 def of_preset(name: str, context_dim: int) -> UNetConfig:
@@ -49,8 +54,8 @@ def of_preset(name: str, context_dim: int) -> UNetConfig:
 SMALL_VAE = VAEConfig(block_out_channels=(32, 64, 128, 128), norm_num_groups=8)
 MODELS = {
     "quickstart": Model(of_preset("monsters", 192), SMALL_VAE, "shipped", 128, 128, 64),
-    "pokemon": Model(of_preset("pokemon", 768), SMALL_VAE, "published", 512, 256, 4),
-    "sd15": Model(UNetConfig(), VAEConfig(), "published", 512, 256, 1),
+    "pokemon": Model(of_preset("pokemon", 768), SMALL_VAE, "published", 512, 256, 4, on_gpu=(512, 32)),
+    "sd15": Model(UNetConfig(), VAEConfig(), "published", 512, 256, 1, on_gpu=(512, 8)),
 }
 
 
@@ -91,8 +96,9 @@ def build(case: "Case", side: str) -> Side:
     """The networks that a row needs, on its device and in its dtype; the others are left out, as None."""
     model, needs = MODELS[case.model], NEEDS[case.row]
     torch.manual_seed(0)
-    unet = UNet(model.unet).eval() if "unet" in needs else None
-    vae = VAE(model.vae).eval() if "vae" in needs else None
+    with torch.device(case.device):  # where random numbers are drawn fast
+        unet = UNet(model.unet).eval() if "unet" in needs else None
+        vae = VAE(model.vae).eval() if "vae" in needs else None
     clip = load_text_encoder(ROOT / "stable_diffusion_results" / "clip") if "text" in needs else None
     if clip and model.text == "published":  # the tokenizer's words matter to no timing
         shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -83,16 +83,16 @@ def operations(trainer: Training) -> int:
     return counter.get_total_flops()
 
 
-def row(name: str, model: str, device: torch.device, folder: Path) -> list[dict]:
+def row(name: str, model: str, device: torch.device, folder: Path, values: list[int] | None = None) -> list[dict]:
     """For each value of a row: seconds of a step, memory that the run added, and operations of a step."""
-    shape = MODELS[model]
-    usual = {"images": 500, "batch": shape.batch, "side": shape.train_side}
+    shape, values = MODELS[model], values or ROWS[name]
+    usual = {"images": 500} | dict(zip(("side", "batch"), shape.training_on(device.type), strict=True))
     if name == "steps":
-        return list(along_a_run(training(model, device, folder, **usual), device))
+        return list(along_a_run(training(model, device, folder, **usual), device, values))
     if name == "encoding":
-        return [encoding(model, device, folder / str(images), images) for images in ROWS[name]]
+        return [encoding(model, device, folder / str(images), images) for images in values]
     results, trainers = [], []
-    for value in ROWS[name]:
+    for value in values:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = memory(device)
@@ -107,16 +107,16 @@ def row(name: str, model: str, device: torch.device, folder: Path) -> list[dict]
     return [result | {"seconds": values} for result, values in zip(results, times, strict=True)]
 
 
-def along_a_run(trainer: Training, device: torch.device) -> Iterator[dict]:
+def along_a_run(trainer: Training, device: torch.device, values: list[int]) -> Iterator[dict]:
     """One run, timed for some steps from each step of the row on."""
     before, count, taken = memory(device), operations(trainer), 1
-    for value in ROWS["steps"]:
+    for value in values:
         while taken < value:
             trainer.step()
             taken += 1
-        values = [seconds(trainer.step, device.type) for _ in range(ROUNDS)]
+        times = [seconds(trainer.step, device.type) for _ in range(ROUNDS)]
         taken += ROUNDS
-        yield {"value": value, "operations": count, "seconds": values, "memory_mb": memory(device) - before}
+        yield {"value": value, "operations": count, "seconds": times, "memory_mb": memory(device) - before}
 
 
 def encoding(model: str, device: torch.device, folder: Path, images: int) -> dict:
@@ -154,6 +154,7 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--values", nargs="+", type=int, metavar="N", help="instead of the row's own")
     parser.add_argument("--model", default="quickstart", choices=list(MODELS))
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
@@ -163,7 +164,7 @@ def main() -> None:
         for name in [] if options.table else options.rows:
             rate = matrix_rate(device, resolve_precision("auto", device))
             about = {"row": name, "model": options.model, "rate": rate} | machine(device.type)
-            measured = [about | result for result in row(name, options.model, device, Path(folder))]
+            measured = [about | result for result in row(name, options.model, device, Path(folder), options.values)]
             keep(RESULTS, measured, ("row", "model", "device_name"))
     groups: dict[tuple, list[dict]] = {}
     for result in kept(RESULTS):
