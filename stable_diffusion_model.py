@@ -38,7 +38,8 @@ from published import (
     save_single_file,
 )
 from samplers import SAMPLERS, TimestepGrid, check_arguments, grid_options, inpainting, timestep_grid
-from sampling_request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
+from sampling.packed import packed
+from sampling.request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
 from text_encoder import TextEncoder
 from vae_model import VAE
 
@@ -337,7 +338,8 @@ class StableDiffusion:
         def model(x_t: Tensor, t: float, context: Tensor) -> Tensor:
             return self._predict(x_t, t, keys_and_values(context))
 
-        with tqdm(total=len(grid), desc=f"sampling with {sampler}", unit="step", disable=not progress) as bar:
+        bar = tqdm(total=len(grid), desc=f"sampling with {sampler}", unit="step", disable=not progress)
+        with bar, packed(self.unet):
 
             def predict(x_t: Tensor, t: float) -> Tensor:
                 parts = zip(x_t.split(together), contexts, strict=True)

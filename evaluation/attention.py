@@ -33,7 +33,7 @@ from diffusion_model import Context, CrossAttention, SpatialTransformer, UNet
 from evaluation.obedience import unseen_monsters
 from images import captioned_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels
 from monsters.captions import BELLY, CREST, MOTIF, TAIL, WINGS
-from sampling_request import latent_size
+from sampling.request import latent_size
 from stable_diffusion_model import StableDiffusion
 from text_encoder import TextEncoder
 

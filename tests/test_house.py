@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 SCRIPTS = {path.stem for path in ROOT.glob("train_*.py")} | {"evaluate_stable_diffusion", "sample_stable_diffusion"}
 NETWORKS = {"vae_model", "noise_schedule", "diffusion_model", "text_encoder", "guidance", "samplers", "images", "lora"}
-PACKAGES = {"monsters", "published", "training", "evaluation", "benchmarks", "lesson"}
+PACKAGES = {"monsters", "published", "training", "evaluation", "benchmarks", "lesson", "sampling"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*ROOT.glob("*.py"), *(p for package in PACKAGES for p in (ROOT / package).glob("*.py"))]
@@ -59,7 +59,7 @@ def test_arrows_point_from_the_story_to_the_rooms() -> None:
             assert rooms == {"monsters"} or not rooms, name
         if room(name) == "training":
             assert not rooms & {"pokemon_dataset", "monsters"}, name
-        if name in ("sampling_request", "stable_diffusion_model"):
+        if name in ("sampling.request", "stable_diffusion_model"):
             assert not rooms & {"training", "monsters", "pokemon_dataset"}, name
 
 

@@ -1,0 +1,105 @@
+"""Packing weights for a CPU changes no bit of an image, and leaves the U-Net as it was whatever happens within."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+
+from lora import add
+from sampling.packed import PackedConv2d, packed
+from stable_diffusion_model import StableDiffusion
+
+HOW = {"steps": 3, "height": 64, "width": 72, "progress": False}
+
+
+@pytest.fixture
+def model() -> StableDiffusion:
+    torch.manual_seed(0)
+    return tiny_model()
+
+
+def image(model: StableDiffusion, **options) -> bytes:
+    return model.sample("a red fox", **HOW | options)[0].tobytes()
+
+
+def state(unet: nn.Module) -> dict[str, tuple]:
+    """What a parameter is and where its numbers lie; all else that training, saving and LoRA rely on."""
+    return {name: (id(p), p.shape, p.stride(), p.requires_grad) for name, p in unet.named_parameters()}
+
+
+def test_an_image_is_the_same_bit_for_bit_without(model, monkeypatch):
+    with_it = image(model)
+    monkeypatch.setattr("sampling.packed._dtypes_of_onednn", set)
+    assert with_it == image(model)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_unet_is_as_it_was_afterwards_and_within_no_weight_is_held_twice(model, layout):
+    unet = model.unet.to(memory_format=layout)
+    before, weights = state(unet), copy.deepcopy(unet.state_dict())
+    x, context = torch.randn(2, 4, 8, 9), torch.randn(2, 77, unet.config.context_dim)
+    with torch.no_grad():
+        plain = unet(x, torch.tensor([5, 500]), context)
+        with packed(unet):
+            again = unet(x, torch.tensor([5, 500]), context)
+            layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
+            assert layers and all(type(layer) is PackedConv2d and layer.weight.numel() == 0 for layer in layers)
+        last = unet(x, torch.tensor([5, 500]), context)
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+    assert torch.equal(last, plain) and state(unet) == before
+    assert all(torch.equal(weights[name], value) for name, value in unet.state_dict().items())
+    assert not any(isinstance(layer, PackedConv2d) for layer in unet.modules())
+
+
+def test_an_error_or_an_interrupt_within_loses_nothing(model):
+    before, weights = state(model.unet), copy.deepcopy(model.unet.state_dict())
+
+    def stop(step: int, *_) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        image(model, callback=stop)
+    assert state(model.unet) == before
+    assert all(torch.equal(weights[name], value) for name, value in model.unet.state_dict().items())
+
+
+def test_what_one_sampling_left_packed_the_next_one_mends(model, monkeypatch):
+    expected, before = image(model), state(model.unet)
+    with monkeypatch.context() as interrupted_twice:
+        interrupted_twice.setattr("sampling.packed.unpack", lambda unet: None)
+        image(model)
+    assert any(isinstance(layer, PackedConv2d) for layer in model.unet.modules())
+    assert image(model) == expected and state(model.unet) == before
+
+
+def test_several_threads_may_sample_from_one_model(model):
+    expected, before, images = [image(model, seeds=seed) for seed in range(4)], state(model.unet), {}
+
+    def several(seed: int) -> None:
+        images[seed] = [image(model, seeds=seed, steps=3) for _ in range(3)]
+
+    threads = [threading.Thread(target=several, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert images == {seed: [expected[seed]] * 3 for seed in range(4)} and state(model.unet) == before
+
+
+def test_layers_with_low_rank_changes_compute_as_ever(model):
+    name = next(name for name, layer in model.unet.named_modules() if name.endswith("conv1"))
+    (change,) = add(model.unet, [name], rank=2, alpha=2.0)
+    nn.init.normal_(change.up.weight)
+    with torch.no_grad(), packed(model.unet):
+        assert model.unet.get_submodule(name).weight.numel()
+        changed = image(model)
+    assert changed == image(model)
+
+
+def test_other_dtypes_and_devices_are_left_alone(model):
+    for unet in (copy.deepcopy(model.unet).double(), copy.deepcopy(model.unet).to("meta")):
+        with packed(unet):
+            assert not any(isinstance(layer, PackedConv2d) for layer in unet.modules())
