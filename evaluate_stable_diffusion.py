@@ -52,7 +52,7 @@ from evaluation.obedience import FIRST_UNSEEN, Judge, Unseen, dealt_out_anew, me
 from evaluation.report import in_words
 from evaluation.statistics import kid, mean_interval, precision_recall_coverage
 from evaluation.timestep_loss import by_tenths, prediction_errors, tenths
-from images import captioned_sheet, image_to_pixels, pixels_to_images, save_png, to_pixels, to_rgb
+from images import captioned_sheet, image_to_pixels, pixels_to_images, read_parameters, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
 from stable_diffusion_model import StableDiffusion
@@ -77,7 +77,7 @@ class TrainingImages:
         return len(self.monsters or self.found)
 
     def captions(self) -> list[str]:
-        return self.found["text"] if self.found else [monsters.caption(i) for i in self.monsters]
+        return [text or "" for text in self.found["text"]] if self.found else [*map(monsters.caption, self.monsters)]
 
     def pixels(self, indices: list[int], size: int) -> Tensor:
         """(n, 3, size, size) in [-1, 1]."""
@@ -95,19 +95,32 @@ class TrainingImages:
 
 
 def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> list[Image.Image]:
-    """One image per prompt, seeds counted from --seed; kept as PNGs in --output_dir/images."""
+    """One image per prompt, seeds counted from --seed; kept as PNGs in --output_dir/images.
+
+    With --reuse, those that are there are taken if they say of themselves that they were made just so.
+    """
+    said = {"Steps": options.steps, "Sampler": options.sampler, "CFG scale": options.guidance_scale}
+    said |= {"Size": f"{options.resolution}x{options.resolution}", "Model": model.name}
+    said["LoRA"] = ", ".join(f"{name}:{scale:g}" for name, scale in model.loras.items()) or None
+
+    def is_there(file: Path, prompt: str, seed: int) -> bool:
+        found = read_parameters(file) if file.is_file() else {}
+        expected = {"prompt": prompt, "Seed": seed} | said
+        return all(found.get(name) == (None if value is None else str(value)) for name, value in expected.items())
+
     folder = Path(options.output_dir) / "images"
     made: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="sampling", unit="batch", disable=None):
         part = prompts[start : start + options.batch_size]
         files = [folder / f"{start + k:04d}.png" for k in range(len(part))]
-        if options.reuse and all(file.is_file() for file in files):
+        seeds = range(options.seed + start, options.seed + start + len(part))
+        if options.reuse and all(map(is_there, files, part, seeds)):
             made += [to_rgb(Image.open(file)) for file in files]
             continue
         how = {"steps": options.steps, "sampler": options.sampler, "guidance_scale": options.guidance_scale}
         how |= {"height": options.resolution, "width": options.resolution, "progress": False}
         try:
-            made += model.sample(part, seeds=options.seed + start, **how)
+            made += model.sample(part, seeds=list(seeds), **how)
         except FloatingPointError as error:  # an overflow
             raise UserError(str(error)) from error
         for file, image in zip(files, made[start:], strict=True):
@@ -130,12 +143,16 @@ class Nearest:
 
 
 def nearest(queries: Tensor, training: Tensor, but: Tensor | None = None) -> Nearest:
-    """For thumbnails (n, 3, s, s) among `training` and mirrors. `but` (n,): of each, one that does not count."""
+    """For thumbnails (n, 3, s, s) among `training` and mirrors.
+
+    `but` (n,): of each, one that does not count, nor does any that is equal to it within a level of 255.
+    """
     flat, n = queries.flatten(1), len(training)
     both = torch.cat([training, training.flip(-1)]).flatten(1)
     distances = torch.cdist(flat, both) / flat.shape[1] ** 0.5  # (n, 2·training)
     if but is not None:
         distances[torch.arange(len(flat)), but] = distances[torch.arange(len(flat)), but + n] = torch.inf
+        distances[distances < 2 / 255] = torch.inf
     several, indices = distances.topk(min(CROWD, max(n - 1, 1)), dim=1, largest=False)  # (n, 50), rising
     distance, index = several[:, 0], indices[:, 0]
     return Nearest(distance, index % n, index >= n, distance / several.mean(dim=1).clamp(min=1e-12))
@@ -208,12 +225,17 @@ def main(argv: list[str]) -> None:
         for path in options.lora:
             model.load_lora(path)
         judge = Judge.load(options.clip)
+    if side % (factor := model.vae.config.downsampling):
+        raise UserError(f"--resolution must be divisible by {factor}, not {side}.")
+    if len(training) < 2:
+        raise UserError(f"--dataset {options.dataset} holds one image: two at least are needed to tell any apart.")
     if training.monsters:
         asked, shown = unseen_monsters(options.num_samples), []
         prompts = [monster.caption for monster in asked]
         real = [monsters.draw(monster.index, max(side, 16)) for monster in asked]
     else:
-        asked, shown = [], [i * len(training) // options.num_samples for i in range(options.num_samples)]
+        count = min(options.num_samples, len(training))  # no image twice: what is real must vary
+        asked, shown = [], [i * len(training) // count for i in range(count)]
         captions = training.captions()
         prompts = [captions[i] for i in shown]
         real = pixels_to_images(training.pixels(shown, side) / 2 + 0.5)

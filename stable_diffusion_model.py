@@ -351,7 +351,7 @@ class StableDiffusion:
 
         # Latents → images.
         if not x0.isfinite().all():
-            raise FloatingPointError("The latents overflowed: sample in float32 or bfloat16, or with less guidance.")
+            raise FloatingPointError("The latents overflowed: use float32 or bfloat16, less guidance, less of a LoRA.")
         decoded = self.decode_latents(x0, tiled=vae_tiling)  # (N, 3, H, W)
         if mask is not None:
             decoded = torch.where(mask.to(decoded.device) == 1, decoded, (original / 2 + 0.5).to(decoded.device))

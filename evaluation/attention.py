@@ -19,6 +19,7 @@ Letters: N images in the U-Net's batch (guidance: first those without prompt), L
 import argparse
 import contextlib
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class AttentionMap:
     layer: str  # its name in the U-Net
     timestep: float
     weights: Tensor  # (N, L, h, w), the mean over the heads: at every pixel they sum to one over L
+    call: int = 0  # how often it was called at this timestep before: on a CPU, `sample` does so for each image
 
 
 @contextlib.contextmanager
@@ -63,7 +65,13 @@ def attention_maps(unet: UNet) -> Iterator[list[AttentionMap]]:
     """
     maps: list[AttentionMap] = []
     now: dict[str, float] = {}
-    hooks = [unet.register_forward_pre_hook(lambda _, inputs: now.update(t=float(inputs[1].flatten()[0])))]
+    calls: Counter = Counter()
+
+    def note_timestep(_: nn.Module, inputs: tuple, named: dict) -> None:
+        timesteps = inputs[1] if len(inputs) > 1 else named["timesteps"]
+        now["t"] = float(timesteps.flatten()[0])
+
+    hooks = [unet.register_forward_pre_hook(note_timestep, with_kwargs=True)]
 
     def record(transformer: SpatialTransformer, name: str, cross: CrossAttention) -> None:
         sizes: list[torch.Size] = []
@@ -73,7 +81,9 @@ def attention_maps(unet: UNet) -> Iterator[list[AttentionMap]]:
 
         def note_weights(_: nn.Module, inputs: tuple[Tensor, Context]) -> None:
             weights = attention_weights(cross, *inputs)  # (N, L, hw)
-            maps.append(AttentionMap(name, now["t"], weights.unflatten(-1, sizes[0]).cpu()))
+            key = name, now["t"]
+            maps.append(AttentionMap(*key, weights.unflatten(-1, sizes[0]).cpu(), calls[key]))
+            calls[key] += 1
 
         hooks.append(transformer.register_forward_pre_hook(note_size))
         hooks.append(cross.register_forward_pre_hook(note_weights))
@@ -106,16 +116,24 @@ def positions_of(text_encoder: TextEncoder, prompt: str, words: str) -> list[int
     """The text positions of `words` in `prompt`, where they first stand; ValueError if they do not."""
     ids, _ = text_encoder.tokens(prompt)
     wanted = text_encoder.tokenizer(words, add_special_tokens=False).input_ids
-    starts = [i for i in range(1, len(ids) - len(wanted) + 1) if ids[i : i + len(wanted)] == wanted]
+    ends = [token.endswith("</w>") for token in text_encoder.tokenizer.convert_ids_to_tokens(ids)]
+    # Not "wing" at the end of "redwing"; tokenizers that spell everything may not mark where words end.
+    begins = [i for i in range(1, len(ids)) if i == 1 or ends[i - 1] or not any(ends)]
+    starts = [i for i in begins if ids[i : i + len(wanted)] == wanted]
     if not wanted or not starts:
         raise ValueError(f"{words!r} does not stand in the prompt {prompt!r}, or not in its first {len(ids)} tokens.")
     return list(range(starts[0], starts[0] + len(wanted)))
 
 
 def map_of(maps: Sequence[AttentionMap], positions: Sequence[int], size: tuple[int, int], image: int = -1) -> Tensor:
-    """The mean of maps of any sizes, at these text positions taken together, up-scaled to `size`: (H, W) in 0…1."""
+    """The mean of maps of any sizes, at these text positions taken together, up-scaled to `size`: (H, W) in 0…1.
+
+    ValueError for no maps, and for maps of several images that went through the U-Net one by one (`AttentionMap.call`).
+    """
     if not maps:
-        raise ValueError("No attention was recorded: call the U-Net, or sample, within `attention_maps`.")
+        raise ValueError("No attention was recorded: call the U-Net, not compiled, or sample, within `attention_maps`.")
+    if len({one.call for one in maps}) > 1:
+        raise ValueError("These are maps of several images: pick those of one, such as all whose `call` is 0.")
     words = [one.weights[image, list(positions)].sum(dim=0) for one in maps]  # (h, w) each
     return torch.stack(
         [F.interpolate(word[None, None], size, mode="bilinear", align_corners=False)[0, 0] for word in words]

@@ -1,5 +1,6 @@
 """A report of `evaluate_stable_diffusion.py` as Markdown: tables, each number with its interval and its control."""
 
+from evaluation.attention import table
 from evaluation.statistics import share_interval
 
 
@@ -36,7 +37,27 @@ def in_words(report: dict) -> str:
     lines += ["", *_table(head, rows)]
     psnr, ssim = report["vae_ceiling"]["psnr"], report["vae_ceiling"]["ssim"]
     lines += ["", f"What the VAE allows on such images: {psnr:.1f} dB PSNR, {ssim:.3f} SSIM.", ""]
+    if "attention_on_parts" in report:
+        lines += _attention(report["attention_on_parts"]["parts"])
     return "\n".join(lines)
+
+
+def _attention(parts: dict[str, dict]) -> list[str]:
+    """Which words look at their own parts, over all, by timestep and by layer; and which do not."""
+    weak = [name for name, part in parts.items() if part["overall"] < 2]
+    layers = list(next(iter(parts.values()))["by_layer"])
+    short = {layer: layer.removesuffix(".attn2").replace(".transformer_blocks.0", "") for layer in layers}
+    rows = [(short[layer], *(f"{part['by_layer'][layer]:.2f}" for part in parts.values())) for layer in layers]
+    return [
+        "How much more of a word's attention falls into its part's box than the area would give (in brackets: of the",
+        "words for other parts); then by layer. "
+        + (f"Less than 2 over all: {', '.join(weak)}." if weak else "All reach 2."),
+        "",
+        *table(parts).splitlines(),
+        "",
+        *_table(("layer", *parts), rows),
+        "",
+    ]
 
 
 def _share(value: float, count: int) -> str:

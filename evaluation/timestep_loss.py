@@ -6,7 +6,6 @@ tenth's loss is thirty times the last one's. With the same images, noise and tim
 Kingma et al. 2021, arXiv:2107.00630), numbers can be compared along a run and between runs, each tenth for itself.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from statistics import fmean
@@ -17,12 +16,12 @@ from torch import Tensor
 from stable_diffusion_model import StableDiffusion
 
 BINS = 10
-AT_LEAST = 64  # predictions in all, and four of each image
+AT_LEAST = 64  # predictions in all, and four of each image, rounded up to as many in each tenth
 
 
 def spread(images: int, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which image at which timestep, (n,) each: t rises evenly over 0…T-1, and images take turns."""
-    count = images * max(4, math.ceil(AT_LEAST / images))
+    """Which image at which timestep, (n,) each: t rises evenly, as often in each tenth; images take turns."""
+    count = math.ceil(max(4 * images, AT_LEAST) / BINS) * BINS
     place = torch.arange(count, device=device)
     return place % images, ((place + 0.5) / count * T).long()
 
@@ -49,8 +48,8 @@ def prediction_errors(model: StableDiffusion, pixels: Tensor, captions: list[str
 
 def tenths(losses: Sequence[float]) -> list[Sequence[float]]:
     """The ten parts of losses that are in the order of their timesteps, as `spread` has them."""
-    edges = [round(i * len(losses) / BINS) for i in range(BINS + 1)]
-    return [losses[start:end] for start, end in itertools.pairwise(edges)]
+    size = len(losses) // BINS
+    return [losses[start : start + size] for start in range(0, BINS * size, size)]
 
 
 def by_tenths(losses: Sequence[float]) -> list[float]:

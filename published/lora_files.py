@@ -209,11 +209,13 @@ def attach(layers: list[tuple[nn.Module, Change]], name: str) -> None:
 def write_lora(path: Path, unet: nn.Module, name: str = "default", dtype: torch.dtype = torch.float32) -> None:
     """Writes the change `name` of a U-Net to a .safetensors file that diffusers' `load_lora_weights` reads.
 
-    α is multiplied into `up`; `scale` is left to whoever loads it.
+    α is multiplied into `up`; `scale` is left to whoever loads it. What `dtype` cannot hold is written in float32.
     """
     tensors = {}
     for layer, module in adapted(unet).items():
         change = module.changes[name]
-        tensors[f"unet.{layer}.lora_A.weight"] = change.down.weight.detach().to(dtype)
-        tensors[f"unet.{layer}.lora_B.weight"] = (change.up.weight.detach() * change.alpha / change.rank).to(dtype)
+        up = change.up.weight.detach() * change.alpha / change.rank
+        for letter, matrix in (("A", change.down.weight.detach()), ("B", up)):
+            lower = matrix.to(dtype)
+            tensors[f"unet.{layer}.lora_{letter}.weight"] = lower if lower.isfinite().all() else matrix.float()
     write_safetensors(path, tensors)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 # ----------------------------------------------------------------------------------------------------------------------
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights")  # names of diffusers' and transformers' weights
+# The names of the weights of diffusers, transformers, diffusers' LoRA and peft.
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
 UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline, up to 1.2 GB
 
 

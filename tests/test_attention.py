@@ -77,6 +77,45 @@ def test_the_weights_are_those_that_made_the_output(model: StableDiffusion) -> N
     assert torch.equal(attention.attention_weights(cross, x, beforehand), weights)
 
 
+def test_of_several_heads_the_mean_is_recorded() -> None:
+    cross = attention.CrossAttention(8, 6, heads=2)
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
+    keys, queries = cross.to_k(context), cross.to_q(x)
+    heads = [torch.softmax(queries[..., h] @ keys[..., h].mT / 2, dim=-1) for h in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(attention.attention_weights(cross, x, context), (heads[0] + heads[1]).mT / 2)
+
+
+def test_images_of_a_batch_are_not_mixed(model: StableDiffusion) -> None:
+    """On a CPU they go through the U-Net one by one; each one's maps are those that it has alone."""
+    how = {"steps": 2, "height": 64, "width": 64, "progress": False}
+    with attention_maps(model.unet) as together:
+        model.sample([PROMPT, "a blue monster"], seeds=[3, 4], **how)
+    with attention_maps(model.unet) as alone:
+        model.sample("a blue monster", seeds=4, **how)
+    second = [one for one in together if one.call == 1]
+    assert len(second) == len(alone) and all(
+        torch.equal(a.weights, b.weights) for a, b in zip(second, alone, strict=True)
+    )
+    with pytest.raises(ValueError, match="maps of several images"):
+        map_of(together, [1], (16, 16))
+
+
+def test_timesteps_may_be_passed_by_name(model: StableDiffusion) -> None:
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 77, model.unet.config.context_dim)
+    with torch.no_grad(), attention_maps(model.unet) as maps:
+        model.unet(x, timesteps=torch.tensor([7]), context=context)
+    assert {one.timestep for one in maps} == {7}
+
+
+def test_a_word_is_not_the_end_of_another(encoder: TextEncoder) -> None:
+    """ "redwing" ends with the token of "wing"."""
+    ids, _ = encoder.tokens("a redwing and a wing")
+    pieces = encoder.tokenizer.convert_ids_to_tokens(ids)
+    assert pieces.count("wing</w>") == 2
+    (found,) = positions_of(encoder, "a redwing and a wing", "wing")
+    assert pieces[found - 1] == "a</w>"
+
+
 def test_words_are_found_by_their_tokens(encoder: TextEncoder) -> None:
     ids, _ = encoder.tokens(PROMPT)
     found = positions_of(encoder, PROMPT, "bat wings")

@@ -1,5 +1,6 @@
 """Evaluation: it must be able to say no."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -274,7 +275,7 @@ def test_prediction_errors_are_those_of_the_steps_loss_and_repeat_themselves() -
     model, pixels = tiny_model(), torch.rand(3, 3, 64, 64) * 2 - 1
     errors = prediction_errors(model, pixels, ["a", "b", "c"])
     assert errors == prediction_errors(model, pixels, ["a", "b", "c"]) != prediction_errors(model, pixels, ["a"] * 3)
-    assert len(errors) == 66
+    assert len(errors) == 70
     for parameter in model.unet.conv_out.parameters():
         parameter.data.zero_()
     assert by_tenths(prediction_errors(model, pixels, ["a"] * 3)) == pytest.approx([1.0] * 10, abs=0.2)
@@ -305,3 +306,74 @@ def test_the_documented_command_takes_the_model_first(tmp_path: Path) -> None:
     command = [sys.executable, "evaluate_stable_diffusion.py", str(tmp_path / "nothing"), "--output_dir", str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("error: the model")
+
+
+def test_reused_images_are_those_that_are_asked_for(tmp_path: Path) -> None:
+    """--reuse takes an image that says it was made with these settings, and makes anew what was made otherwise."""
+    options = script.Options(output_dir=str(tmp_path), reuse=True, steps=2, resolution=64)
+    model = tiny_model()
+    (tmp_path / "images").mkdir()
+    prompts, calls, sample = ["a fox", "a bird"], [], model.sample
+    model.sample = lambda *args, **how: calls.append(args[0]) or sample(*args, **how)
+    first = [image.tobytes() for image in script.sample_all(model, prompts, options)]
+    assert [image.tobytes() for image in script.sample_all(model, prompts, options)] == first and len(calls) == 1
+    for change in ({"steps": 3}, {"seed": 5}, {"guidance_scale": 2.0}, {"sampler": "euler"}):
+        script.sample_all(model, prompts, dataclasses.replace(options, **change))
+        script.sample_all(model, prompts, options)
+    script.sample_all(model, prompts[::-1], options)
+    assert len(calls) == 10
+
+
+def test_duplicates_in_the_data_hide_no_copies() -> None:
+    torch.manual_seed(0)
+    once = torch.rand(20, 3, 8, 8) * 2 - 1
+    known = torch.cat([once, once])
+    others = script.nearest(known, known, but=torch.arange(40))
+    copies = script.nearest(once[:8] + 0.001, known)
+    assert (others.distance > 0.3).all()
+    assert script.measure_copying(copies, others)["share_of_copies_by_distance"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--resolution", "100"], "--resolution must be divisible by 8, not 100"),
+        (["--dataset", "monsters:1"], "holds one image"),
+        (["--num_samples", "1"], "--num_samples"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_in_a_sentence(more: list[str], said: str, tmp_path: Path) -> None:
+    how = [
+        "--model",
+        str(ROOT / "stable_diffusion_results" / "monsters" / "model"),
+        "--dataset",
+        "monsters:9",
+        "--output_dir",
+        str(tmp_path / "a"),
+    ]
+    with pytest.raises((UserError, SystemExit)) as stopped:
+        script.main([*how, *more])
+    assert said in str(stopped.value)
+
+
+def test_prediction_errors_of_a_model_that_predicts_velocity_are_of_the_velocity() -> None:
+    """Salimans & Ho 2022: v = √ᾱ ε - √(1-ᾱ) x_0."""
+    model, seen, noised = tiny_model("v_prediction"), [], NoiseSchedule.add_noise
+
+    def remember(self: NoiseSchedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = self.alphas_cumprod[t][:, None, None, None]
+        seen.append(a.sqrt() * noise - (1 - a).sqrt() * x0)
+        return noised(self, x0, noise, t)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NoiseSchedule, "add_noise", remember)
+        patch.setattr(model.unet, "forward", lambda *_: seen[-1])
+        assert max(prediction_errors(model, torch.rand(2, 3, 64, 64) * 2 - 1, ["a", "b"])) < 1e-9
+
+
+def test_intervals_are_those_of_nineteen_in_twenty() -> None:
+    """Wilson's by its formula; of a mean, 1.96 standard errors on either side."""
+    assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    low, high = mean_interval(values.tolist())
+    assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.08)

@@ -347,6 +347,15 @@ def test_writing_multiplies_alpha_in_and_reading_gives_it_back(tmp_path: Path) -
         torch.testing.assert_close((up.flatten(1) @ down.flatten(1)).flatten(), change.change().flatten())
 
 
+def test_what_half_precision_cannot_hold_is_written_in_float32(tmp_path: Path) -> None:
+    unet = with_changes(tiny_unet(), rank=4, alpha=4e7)  # times up, above 65,504
+    write_lora(tmp_path / "a.safetensors", unet, dtype=torch.float16)
+    layers = lora.adapted(unet)
+    for name, (down, up, _) in read_lora(tmp_path / "a.safetensors")["unet"].items():
+        assert (down.dtype, up.dtype) == (torch.float16, torch.float32)
+        torch.testing.assert_close(up, layers[name].changes["default"].up.weight * 1e7)
+
+
 def test_a_model_with_loras(folder: Path, tmp_path: Path) -> None:
     """Two at once, turned up and down, written as one model, named in the image's text."""
     model, _ = open_both(folder)

@@ -244,6 +244,12 @@ def test_it_samples_channels_last_whatever_the_networks_came_in(model):
     assert layout(again.unet) and all(layout(again.unet)) and all(layout(again.vae))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 7.5])
+def test_guidance_goes_from_the_unconditional_prediction_past_the_conditional_one(scale):
+    without, words = torch.randn(2, 2, 4, 8, 8)
+    torch.testing.assert_close(Guidance(scale).combine(without, words), (1 - scale) * without + scale * words)
+
+
 def test_rescaled_guidance_restores_the_conditional_spread():
     """Lin et al. 2024: at φ = 1 the guided prediction is as wide as the conditional one, image by image."""
     torch.manual_seed(0)

@@ -380,6 +380,15 @@ def test_without_a_network_the_cache_answers(hub):
     assert locate("owner/sd", "--vae") == hub.cache
 
 
+@pytest.mark.parametrize("stem", ["adapter_model", "pytorch_lora_weights"])
+def test_a_lora_is_downloaded_with_the_options_that_peft_keeps_beside_it(hub, monkeypatch, stem):
+    monkeypatch.setattr(
+        Hub, "files", ["README.md", "adapter_config.json", f"{stem}.safetensors", f"{stem}.bin", "a.png"]
+    )
+    locate("owner/lora", "the LoRA")
+    assert sorted(hub.asked) == ["adapter_config.json", f"{stem}.safetensors"]
+
+
 def test_a_model_without_readable_weights_is_refused(hub, monkeypatch):
     monkeypatch.setattr(Hub, "files", ["README.md", "sd.ckpt", "config.json"])
     with pytest.raises(FileNotFoundError) as error:

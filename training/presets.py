@@ -325,7 +325,7 @@ class EvaluationOptions:
     lora: list[str] = option([], "one or more LoRAs, added to the model: files, folders or hub ids")
     dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
     clip: str = option(str(_HERE / "stable_diffusion_results" / "clip"), "judges whether images show their prompts: folder or hub id of a whole CLIP")
-    num_samples: int = option(100, "images to sample", at_least=1)
+    num_samples: int = option(100, "images to sample", at_least=2)
     seed: int = option(0, "of the first image; the others count on", at_least=0)
 
     resolution: int = option(512, "side of the images in pixels, divisible by 8", at_least=8, at_most=4096, group="how it samples")
