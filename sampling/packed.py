@@ -1,7 +1,8 @@
 """The U-Net on a CPU: convolutions bring their weights into the order of oneDNN once, and not in each step.
 
 PyTorch's convolutions take weights as files have them, and oneDNN multiplies blocks of them; so every call begins with
-a copy of the weights in another order. For one image, at 64×64 latents and below, that is a tenth of a step.
+a copy of the weights in another order. For one image, at 64×64 latents and below, that is a tenth of a step. Kernels
+are the same, and so is every bit; but with a single thread PyTorch takes others, with another order of sums.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_model import UNet
+from lora import LoRAConv2d
 
 ONE_AT_A_TIME = threading.RLock()  # a model may sample in several threads
 
@@ -33,7 +35,7 @@ class PackedConv2d(nn.Conv2d):
 
 @contextlib.contextmanager
 def packed(unet: UNet) -> Iterator[None]:
-    """Within, a U-Net on a CPU computes the same faster, and the weights of its convolutions are not to be looked at.
+    """Within, a U-Net on a CPU computes the same faster, and the weights of its convolutions are not to be touched.
 
     Of several threads, the first one packs and the last one unpacks.
     """
@@ -59,8 +61,10 @@ def pack(unet: UNet) -> None:
     if type(unet) is not UNet or weight.device.type != "cpu" or weight.dtype not in _dtypes_of_onednn():
         return
     for layer in unet.modules():
-        if type(layer) is nn.Conv2d:
-            layer.packed, layer.strides, layer.__class__ = None, layer.weight.stride(), PackedConv2d
+        merged = type(layer) is LoRAConv2d and layer.unmerged  # its changes are in its weight
+        if type(layer) is nn.Conv2d or merged:
+            layer.packed, layer.plain, layer.strides = None, type(layer), layer.weight.stride()
+            layer.__class__ = PackedConv2d
 
 
 def _dtypes_of_onednn() -> set[torch.dtype]:
@@ -76,4 +80,4 @@ def unpack(unet: nn.Module) -> None:
             if layer.packed is not None:
                 plain = layer.packed.to_dense()
                 layer.weight.data = plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)
-            layer.__class__, layer.packed = nn.Conv2d, None
+            layer.__class__, layer.packed = layer.plain, None

@@ -14,6 +14,7 @@ import stable_diffusion_model
 from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling, what_breaks
 from guidance import Guidance
 from noise_schedule import NoiseSchedule
+from sampling.packed import unpack
 from stable_diffusion_model import StableDiffusion
 from tests.tiny import tiny_model, tiny_unet, tiny_vae
 from train_stable_diffusion import Batch
@@ -118,6 +119,7 @@ def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatc
         calls.append(len(count))
         if hook:
             hook.remove()
+            unpack(built[-1].unet)
             assert torch.equal(built[-1].unet.conv_in.weight, weights) == (row not in ("train", "pictures"))
     assert set(calls) == {{"unet": 1, "train": 1, "pictures": 1, "sampling": 3}.get(row, 0)}
     if row in ("unet", "vae_decode"):

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from lora import add
+from lora import LoRAConv2d, add, merge, set_scale
 from sampling.packed import PackedConv2d, packed
 from stable_diffusion_model import StableDiffusion
 
@@ -97,6 +97,21 @@ def test_layers_with_low_rank_changes_compute_as_ever(model):
         assert model.unet.get_submodule(name).weight.numel()
         changed = image(model)
     assert changed == image(model)
+
+
+def test_changes_that_are_merged_are_packed_with_their_layer(model):
+    """So that at scale 0 the same kernels run as without."""
+    base = image(model)
+    names = [name for name, layer in model.unet.named_modules() if name.endswith("conv1")]
+    for change in add(model.unet, names, rank=2, alpha=2.0):
+        nn.init.normal_(change.up.weight)
+    changed = image(model)
+    merge(model.unet)
+    with torch.no_grad(), packed(model.unet):
+        assert {type(model.unet.get_submodule(name)) for name in names} == {PackedConv2d}
+    assert changed != base and {type(model.unet.get_submodule(name)) for name in names} == {LoRAConv2d}
+    set_scale(model.unet, "default", 0.0)
+    assert image(model) == base
 
 
 def test_other_dtypes_and_devices_are_left_alone(model):
