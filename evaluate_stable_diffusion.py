@@ -45,6 +45,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import lora
 import monsters
 from evaluation.attention import attention_sheet, score_parts, sharpest_layer
 from evaluation.attributes import score_attributes
@@ -101,7 +102,7 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
     """
     said = {"Steps": options.steps, "Sampler": options.sampler, "CFG scale": options.guidance_scale}
     said |= {"Size": f"{options.resolution}x{options.resolution}", "Model": model.name}
-    said["LoRA"] = ", ".join(f"{name}:{scale:g}" for name, scale in model.loras.items()) or None
+    said["LoRA"] = lora.in_words(model.loras)
 
     def is_there(file: Path, prompt: str, seed: int) -> bool:
         found = read_parameters(file) if file.is_file() else {}

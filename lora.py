@@ -187,3 +187,8 @@ def _make_plain(layer: LoRALinear | LoRAConv2d) -> None:
     """A layer of its first class, with the weight that it has now."""
     del layer.changes, layer.unmerged
     layer.__class__ = PLAIN[type(layer)]
+
+
+def in_words(scales: dict[str, float]) -> str | None:
+    """How an image's text names LoRAs and their scales; None if there are none."""
+    return ", ".join(f"{name}:{scale:g}" for name, scale in scales.items()) or None

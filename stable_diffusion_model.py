@@ -363,7 +363,7 @@ class StableDiffusion:
                 "CFG rescale": guidance_rescale or None, "CFG interval": None if guidance.always else guidance_interval,
                 "Seed": generator.initial_seed() if noise is None else None, "Size": f"{width}x{height}",
                 "Model": self.name,
-                "LoRA": ", ".join(f"{name}:{scale:g}" for name, scale in self.loras.items()) or None,
+                "LoRA": lora.in_words(self.loras),
                 "Denoising strength": None if original is None else strength,
             }  # fmt: skip
             image.info["parameters"] = format_parameters(text, negative, **settings)

@@ -45,9 +45,10 @@ def in_words(report: dict) -> str:
 def _attention(parts: dict[str, dict]) -> list[str]:
     """Which words look at their own parts, over all, by timestep and by layer; and which do not."""
     weak = [name for name, part in parts.items() if part["overall"] < 2]
-    layers = list(next(iter(parts.values()))["by_layer"])
-    short = {layer: layer.removesuffix(".attn2").replace(".transformer_blocks.0", "") for layer in layers}
-    rows = [(short[layer], *(f"{part['by_layer'][layer]:.2f}" for part in parts.values())) for layer in layers]
+    rows = []
+    for layer in next(iter(parts.values()))["by_layer"]:
+        scores = (f"{part['by_layer'][layer]:.2f}" for part in parts.values())
+        rows.append((layer.removesuffix(".transformer_blocks.0.attn2"), *scores))
     return [
         "How much more of a word's attention falls into its part's box than the area would give (in brackets: of the",
         "words for other parts); then by layer. "

@@ -6,6 +6,7 @@ tenth's loss is thirty times the last one's. With the same images, noise and tim
 Kingma et al. 2021, arXiv:2107.00630), numbers can be compared along a run and between runs, each tenth for itself.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from statistics import fmean
@@ -48,8 +49,8 @@ def prediction_errors(model: StableDiffusion, pixels: Tensor, captions: list[str
 
 def tenths(losses: Sequence[float]) -> list[Sequence[float]]:
     """The ten parts of losses that are in the order of their timesteps, as `spread` has them."""
-    size = len(losses) // BINS
-    return [losses[start : start + size] for start in range(0, BINS * size, size)]
+    edges = [round(i * len(losses) / BINS) for i in range(BINS + 1)]
+    return [losses[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def by_tenths(losses: Sequence[float]) -> list[float]:

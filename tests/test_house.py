@@ -59,7 +59,7 @@ def test_arrows_point_from_the_story_to_the_rooms() -> None:
             assert rooms == {"monsters"} or not rooms, name
         if room(name) == "training":
             assert not rooms & {"pokemon_dataset", "monsters"}, name
-        if name in ("sampling.request", "stable_diffusion_model"):
+        if name in ("sampling.request", "sampling.packed", "stable_diffusion_model"):
             assert not rooms & {"training", "monsters", "pokemon_dataset"}, name
 
 
