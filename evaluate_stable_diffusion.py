@@ -51,8 +51,8 @@ from evaluation.attention import attention_sheet, score_parts, sharpest_layer
 from evaluation.attributes import score_attributes
 from evaluation.obedience import FIRST_UNSEEN, Judge, Unseen, dealt_out_anew, measure_monsters, unseen_monsters
 from evaluation.report import in_words
-from evaluation.statistics import kid, mean_interval, precision_recall_coverage
-from evaluation.timestep_loss import by_tenths, prediction_errors, tenths
+from evaluation.statistics import kid, precision_recall_coverage
+from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
 from images import captioned_sheet, image_to_pixels, pixels_to_images, read_parameters, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
@@ -134,7 +134,7 @@ class Nearest:
     """Of each image (n,): RMS distance to the nearest training image, which that is, and whether mirrored.
 
     `calibrated`: that distance over the mean distance to the 50 nearest (Carlini et al. 2023, arXiv:2301.13188, Section
-    4.2). An image with much white is near to many; a copy is near to one and far from the others.
+    5.1). An image with much white is near to many; a copy is near to one and far from the others.
     """
 
     distance: Tensor
@@ -179,11 +179,13 @@ def measure_obedience(
 def measure_prediction(model: StableDiffusion, pixels: Tensor, prompts: list[str]) -> dict:
     """The U-Net's squared error on images (n, 3, H, W) with their prompts, by tenths of the timesteps."""
     errors = prediction_errors(model, pixels, prompts)
+    which, _ = spread(len(pixels), model.schedule.num_timesteps, torch.device("cpu"))
+    interval, of_tenths = intervals(errors, which)
     return {
         "mean": fmean(errors),
-        "interval": mean_interval(errors),
+        "interval": interval,
         "by_tenths": by_tenths(errors),
-        "intervals_of_tenths": [mean_interval(part) for part in tenths(errors)],
+        "intervals_of_tenths": of_tenths,
     }
 
 

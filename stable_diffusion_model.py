@@ -38,7 +38,7 @@ from published import (
     save_single_file,
 )
 from samplers import SAMPLERS, TimestepGrid, check_arguments, grid_options, inpainting, timestep_grid
-from sampling.packed import packed
+from sampling.packed import packed, unpack
 from sampling.request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
 from text_encoder import TextEncoder
 from vae_model import VAE
@@ -51,8 +51,6 @@ DEFAULT_SCHEDULER_CONFIG = {  # SD 1.x's, and that of models trained here
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-
-
 _START_THERE = (
     "its U-Net was trained on latents whose mean is not 0, and from plain noise it draws dark images; give other tools "
     "latents=, noise above that mean, or train again: VAEs that are trained here now give latents of mean 0."
@@ -65,9 +63,8 @@ def choose_device(name: str | None = None) -> torch.device:
     if name in (None, "auto"):
         name = next(kind for kind, there in available.items() if there)
     if not available.get(str(name).split(":")[0], False):
-        raise ValueError(
-            f"--device {name}: not available here; choose from {', '.join(k for k, v in available.items() if v)}."
-        )
+        found = ", ".join(kind for kind, there in available.items() if there)
+        raise ValueError(f"--device {name}: not available here; choose from {found}.")
     return torch.device(name)
 
 
@@ -185,7 +182,8 @@ class StableDiffusion:
             lora.merge(network)
 
     def _networks(self) -> dict[str, nn.Module]:
-        """Those that a LoRA may change."""
+        """Those that a LoRA may change, with their weights where they belong, even while it samples."""
+        unpack(self.unet)
         return {"unet": self.unet, "text_encoder": self.text_encoder.model}
 
     @contextlib.contextmanager
@@ -198,6 +196,7 @@ class StableDiffusion:
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "StableDiffusion":
         """Moves everything to `device` and the networks to `dtype`; returns itself."""
+        unpack(self.unet)
         self.unet.to(device, dtype)
         self.text_encoder.model.to(device, dtype)
         self.vae.to(device, torch.float32 if dtype == torch.float16 else dtype)

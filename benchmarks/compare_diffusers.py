@@ -2,6 +2,7 @@
 
     python -m benchmarks.compare_diffusers          # all rows, without SD 1.5
     python -m benchmarks.compare_diffusers --rows unet vae_decode --models pokemon sd15 --dtypes float32
+    python -m benchmarks.compare_diffusers --rows train --models sd15 --apart   # memory holds one side only
     python -m benchmarks.compare_diffusers --table                  # what was measured, as a table
     python -m benchmarks.compare_diffusers --profile --rows unet    # where each side's time goes, by kind of kernel
 
@@ -9,7 +10,8 @@ Several take turns: this repository; diffusers as its documentation uses it, in 
 in float32, too, its default; and diffusers tuned with what we do (memory layout, fused optimizer, `--compile`). A ratio
 is their time over ours in the same round: above 1, ours is faster. The table has the median over the rounds and, in
 brackets, the smallest and the largest. Memory is the peak of a process of its own (CPU), or of what PyTorch allocated
-(CUDA). Results are added to compare_diffusers.json.
+(CUDA). With `--apart` each turn is a process of its own, which warms up and is timed once. Results are added to
+compare_diffusers.json.
 """
 
 import argparse
@@ -165,10 +167,16 @@ WORK |= {"sampling": sampling}
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, rounds: int) -> dict:
+def measure(case: Case, rounds: int, apart: bool = False) -> dict:
     """Seconds of each side in each round, their ratios, and the peak memory of each side."""
-    times = time_in_turn(case, rounds)
-    result = asdict(case) | {"seconds": times, "memory_mb": {side: peak_memory(case, side) for side in times}}
+    if apart:
+        turns = [{side: in_a_process(case, side) for side in order} for order in orders(case.sides(), rounds)]
+        times = {side: [turn[side]["seconds"] for turn in turns] for side in case.sides()}
+        memory = {side: max(turn[side]["memory_mb"] for turn in turns) for side in times}
+    else:
+        times = time_in_turn(case, rounds)
+        memory = {side: peak_memory(case, side) for side in times}
+    result = asdict(case) | {"seconds": times, "memory_mb": memory}
     for side in case.sides()[1:]:
         ratios = [theirs / ours for theirs, ours in zip(times[side], times["ours"], strict=True)]
         result[side] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
@@ -183,11 +191,15 @@ def time_in_turn(case: Case, rounds: int) -> dict[str, list[float]]:
     for side in sides:
         works[side](), works[side]()
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for k in range(rounds):
-        order = sides[k % len(sides) :] + sides[: k % len(sides)]
-        for side in order[:: 1 if k % 2 else -1]:  # first, last and behind each of the others in turn
+    for order in orders(sides, rounds):
+        for side in order:
             times[side].append(seconds(works[side], case.device))
     return times
+
+
+def orders(sides: tuple[str, ...], rounds: int) -> list[tuple[str, ...]]:
+    """Who follows whom in each round: each is first, last and behind each of the others in turn."""
+    return [(sides[k % len(sides) :] + sides[: k % len(sides)])[:: 1 if k % 2 else -1] for k in range(rounds)]
 
 
 def work_of(case: Case, side: str) -> Callable[[], object]:
@@ -204,24 +216,33 @@ def peak_memory(case: Case, side: str) -> float | None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        return alone(side, case) - before / 1e6
+        return alone(side, case)["memory_mb"] - before / 1e6
+    try:
+        return in_a_process(case, side)["memory_mb"]
+    except RuntimeError as error:
+        print(f"no memory of {side}: {error}", file=sys.stderr)
+        return None
+
+
+def in_a_process(case: Case, side: str) -> dict[str, float]:
+    """What `alone` gives in a process of its own. RuntimeError if that fails."""
     command = [sys.executable, "-m", "benchmarks.compare_diffusers", "--alone", side, json.dumps(asdict(case))]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ended.returncode:
-        print(f"no memory of {side}: {ended.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    return float(ended.stdout.split()[-1])
+        raise RuntimeError(ended.stderr.strip().splitlines()[-1:] or f"exit status {ended.returncode}")
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
-def alone(side: str, case: Case) -> float:
+def alone(side: str, case: Case) -> dict[str, float]:
+    """A side does its work three times: its peak memory in MB, and the seconds of the third time."""
     work = work_of(case, side)
-    for _ in range(3):
-        work()
+    work(), work()
+    result = {"seconds": seconds(work, case.device)}
     if case.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
+        return result | {"memory_mb": torch.cuda.max_memory_allocated() / 1e6}
     # Not `resource.getrusage`: a child begins with its parent's peak there.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+    return result | {"memory_mb": int(status.split("VmHWM:")[1].split()[0]) / 1e3}
 
 
 KERNELS = {  # operators by what they do
@@ -278,7 +299,7 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--alone"]:
-        print(alone(sys.argv[2], Case(**json.loads(sys.argv[3]))))
+        print(json.dumps(alone(sys.argv[2], Case(**json.loads(sys.argv[3])))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
@@ -287,6 +308,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="torch.compile ours and the tuned")
     parser.add_argument("--rounds", type=int, default=8, choices=range(1, 1000), metavar="N")
+    parser.add_argument("--apart", action="store_true", help="each turn in a process of its own")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     parser.add_argument("--profile", action="store_true", help="only print where the time goes")
     options = parser.parse_args()
@@ -297,7 +319,7 @@ def main() -> None:
         print("\n\n".join(profile_table(case) for case in cases))
         return
     for case in [] if options.table else cases:
-        result = measure(case, options.rounds) | machine(device)
+        result = measure(case, options.rounds, options.apart) | machine(device)
         keep(RESULTS, [result], ("row", "model", "dtype", "device_name", "compile"))
         print(table([result]).splitlines()[-1], flush=True)
     results = kept(RESULTS)

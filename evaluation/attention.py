@@ -61,7 +61,8 @@ def attention_maps(unet: UNet) -> Iterator[list[AttentionMap]]:
     """Within, every call of `unet` adds a map for each of its cross-attentions to the list; nothing else changes.
 
     The weights are computed a second time, beside the fused attention that never has them, so the U-Net's output keeps
-    its bits; without this, nothing is computed. On the CPU, in float32: 4 · N · L · h · w bytes each.
+    its bits; without this, nothing is computed. On the CPU, in float32: 4 · N · L · h · w bytes each. Not to be
+    differentiated through: with `gradient_checkpointing` the backward pass calls blocks, and records, a second time.
     """
     maps: list[AttentionMap] = []
     now: dict[str, float] = {}
@@ -104,7 +105,8 @@ def attention_weights(cross: CrossAttention, x: Tensor, context: Context) -> Ten
     """softmax(q kᵀ / √d), the mean over the heads, by word: x (N, hw, C) → (N, L, hw) in float32."""
     keys, _ = context[cross] if isinstance(context, dict) else cross.keys_and_values(context)
     q, k = cross._split_heads(cross.to_q(x)).float(), keys.float()  # (N, heads, hw, d), (N, heads, L, d)
-    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1).mean(dim=1).mT  # Vaswani et al. 2017, Equation 1
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1).mean(dim=1).mT  # Vaswani et al. 2017, Equation 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

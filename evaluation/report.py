@@ -18,12 +18,12 @@ def in_words(report: dict) -> str:
         *_table(("", "samples", "real images", "samples dealt out anew"), _obedience(report)),
     ]
     if "against_real_images" in report:
-        found = report["against_real_images"]
+        found, count = report["against_real_images"], report["samples"]  # and as many real images
         rows = [("KID", f"{found['kid']:.4f} ({found['low']:.4f}…{found['high']:.4f})", "0 = one distribution")]
         rows += [
-            ("precision", f"{found['precision']:.0%}", "samples that are like a real image"),
-            ("recall", f"{found['recall']:.0%}", "real images that are like a sample"),
-            ("coverage", f"{found['coverage']:.0%}", "real images that have a sample near them"),
+            ("precision", _share(found["precision"], count), "samples that are like a real image"),
+            ("recall", _share(found["recall"], count), "real images that are like a sample"),
+            ("coverage", _share(found["coverage"], count), "real images that have a sample near them"),
         ]
         lines += ["", *_table(("against real images, by the CLIP's features", "", ""), rows)]
     lines += ["", *_table(("prediction error at t", "mean squared error", ""), _errors(report["prediction_error"]))]
@@ -31,9 +31,10 @@ def in_words(report: dict) -> str:
     rows = []
     for measure in ("distance", "calibrated"):
         cells = [copying[name][measure] for name in ("samples", "images_that_are_no_copies")]
-        shares = f"{copying[f'share_of_copies_by_{measure}']:.0%}"
-        rows.append((measure, *(f"{cell['mean']:.3f}, {cell['smallest']:.3f}" for cell in cells), shares))
-    head = ("nearest training image (mean, smallest)", "samples", "images that are no copies", "samples called copies")
+        share = _share(copying[f"share_of_copies_by_{measure}"], report["samples"])
+        rows.append((measure, *(f"{cell['mean']:.3f}, {cell['smallest']:.3f}" for cell in cells), share))
+    called = "samples called copies (1% by chance)"
+    head = ("nearest training image (mean, smallest)", "samples", "images that are no copies", called)
     lines += ["", *_table(head, rows)]
     psnr, ssim = report["vae_ceiling"]["psnr"], report["vae_ceiling"]["ssim"]
     lines += ["", f"What the VAE allows on such images: {psnr:.1f} dB PSNR, {ssim:.3f} SSIM.", ""]

@@ -5,7 +5,6 @@ arXiv:1904.06991), coverage (Naeem et al. 2020, arXiv:2002.09797).
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ HALVES = 200  # random halves of both sets, whose KIDs give its interval
 NEIGHBOURS = 5
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Intervals of 95 %
+# Interval of 95 %
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -24,14 +23,6 @@ def share_interval(share: float, count: int) -> tuple[float, float]:
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
-def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Of the mean of these values: bootstrap, 2,000 times as many are drawn from them with replacement."""
-    data, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(data), (2000, len(data)), generator=generator)
-    low, high = data[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 # ----------------------------------------------------------------------------------------------------------------------

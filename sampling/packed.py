@@ -26,6 +26,8 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         how = self.padding, self.stride, self.dilation, self.groups
         with ONE_AT_A_TIME:
+            if type(self) is not PackedConv2d:  # another thread has unpacked it meanwhile
+                return self(x)
             if self.packed is None:
                 self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *how, x.shape)
                 self.weight.data = self.weight.data.new_empty(0)  # so that it takes no more memory
@@ -74,10 +76,11 @@ def _dtypes_of_onednn() -> set[torch.dtype]:
 
 
 def unpack(unet: nn.Module) -> None:
-    """Every convolution as it was, bit for bit, and in the memory layout that it had."""
-    for layer in unet.modules():
-        if isinstance(layer, PackedConv2d):
-            if layer.packed is not None:
-                plain = layer.packed.to_dense()
-                layer.weight.data = plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)
-            layer.__class__, layer.packed = layer.plain, None
+    """Every convolution as it was, bit for bit, and in the memory layout that it had; a sampling goes on with these."""
+    with ONE_AT_A_TIME:
+        for layer in unet.modules():
+            if isinstance(layer, PackedConv2d):
+                if layer.packed is not None:
+                    plain = layer.packed.to_dense()
+                    layer.weight.data = plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)
+                layer.__class__, layer.packed = layer.plain, None

@@ -10,6 +10,7 @@ import monsters
 from evaluation import attention
 from evaluation.attention import attention_maps, looked_at, map_of, parts_named, positions_of
 from evaluation.obedience import SHIPPED_CLIP, unseen_monsters
+from images import image_to_pixels
 from published import load_text_encoder
 from stable_diffusion_model import StableDiffusion
 from tests.tiny import tiny_model
@@ -155,7 +156,8 @@ def test_parts_are_named_as_in_the_caption_and_lie_where_they_are_drawn() -> Non
         monster = monsters.describe(asked.index)
         for part, (phrase, box) in parts_named(monster, asked.caption).items():
             several.add(part)
-            assert phrase in asked.caption and box in monster.boxes.values()
+            where = {"ears or horns": "crest", "belly": "body", "sign of the element": "motif"}.get(part, part)
+            assert phrase in asked.caption and box == monster.boxes[where]
     assert several == {"wings", "tail", "ears or horns", "belly", "sign of the element"}
 
 
@@ -195,3 +197,48 @@ def test_the_sheet_shows_where_words_look(model: StableDiffusion) -> None:
     assert len(sheet.getcolors(1 << 24)) > 100
     report = attention.score_parts(model, asked, 64, (500,))
     assert all(0 < part["overall"] < 10 and list(part["by_timestep"]) == ["500"] for part in report.values())
+
+
+def test_the_drawing_is_looked_at_through_its_noise(model: StableDiffusion) -> None:
+    """The U-Net sees what it was trained on: latents noised to the timestep, and that timestep."""
+    index, seen = unseen_monsters(1)[0].index, []
+    hook = model.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    attention.maps_of_monster(model, index, 64, (0, 500, 999))
+    hook.remove()
+    assert [int(t) for _, t, _ in seen] == [0, 500, 999]
+    (clean, _, context), (middle, _, _), (noise, _, _) = seen
+    a = model.schedule.alphas_cumprod
+    torch.testing.assert_close(middle, a[500].sqrt() * clean + (1 - a[500]).sqrt() * noise, atol=0.1, rtol=0.05)
+    assert torch.equal(context, model.encode_prompts([monsters.caption(index)]))
+    generator = torch.Generator().manual_seed(index)
+    pixels = image_to_pixels(monsters.draw(index, 64))[None]
+    torch.testing.assert_close(clean, model.encode_images(pixels, generator), atol=0.2, rtol=0.1)
+
+
+def test_scores_are_medians_over_the_monsters(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five monsters, two of them far out."""
+    scores = iter([1.0, 9.0, 3.0, 2.0, 0.1] * 100)
+    wings = [
+        one.index for one in unseen_monsters(60) if "wings" in parts_named(monsters.describe(one.index), one.caption)
+    ]
+    monkeypatch.setattr(
+        attention, "maps_of_monster", lambda *_: [attention.AttentionMap("a", 5, torch.ones(1, 77, 4, 4))]
+    )
+    monkeypatch.setattr(attention, "parts_named", lambda *_: {"wings": ("wings", (0, 0, 1, 1))})
+    monkeypatch.setattr(attention, "positions_of", lambda *_: [1])
+    values = {}
+    monkeypatch.setattr(attention, "looked_at", lambda *_: values.setdefault(len(values), next(scores)))
+    report = attention.score_parts(SimpleNamespace(text_encoder=encoder), wings[:5], 64, (5,))
+    by_group = [sorted([*values.values()][i::3])[2] for i in range(3)]
+    found = report["wings"]
+    assert [found["overall"], found["by_layer"]["a"], found["by_timestep"]["5"]] == by_group
+
+
+def test_maps_keep_float32_under_autocast(model: StableDiffusion) -> None:
+    cross = attention.CrossAttention(8, 6, heads=2)
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = attention.attention_weights(cross, x, context)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(2, 5))
+    assert not torch.equal(weights, weights.bfloat16().float())

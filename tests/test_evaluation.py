@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prdc
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +17,8 @@ import evaluate_stable_diffusion as script
 import monsters
 from evaluation import obedience
 from evaluation.attributes import CHOICES, score_attributes, variants
-from evaluation.statistics import kid, mean_interval, precision_recall_coverage, share_interval
-from evaluation.timestep_loss import by_tenths, prediction_errors
+from evaluation.statistics import kid, precision_recall_coverage, share_interval
+from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
 from noise_schedule import NoiseSchedule
 from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
@@ -188,9 +189,9 @@ def test_captions_of_a_folder_are_judged_with_its_own_images(tmp_path: Path) -> 
 def test_a_perfect_model_gets_a_perfect_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the samples are the drawings themselves."""
     asked = obedience.unseen_monsters(12)
-    monkeypatch.setattr(script, "sample_all", lambda *_: [monsters.draw(monster.index, 256) for monster in asked])
+    monkeypatch.setattr(script, "sample_all", lambda *_: [monsters.draw(monster.index, 128) for monster in asked])
     tiny_model().save_pretrained(tmp_path / "model")
-    argv = [str(tmp_path / "model"), "--dataset", "monsters:24", "--num_samples", "12", "--resolution", "256"]
+    argv = [str(tmp_path / "model"), "--dataset", "monsters:24", "--num_samples", "12", "--resolution", "128"]
     script.main([*argv, "--device", "cpu", "--precision", "float32", "--output_dir", str(tmp_path / "report")])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["against_real_images"]["precision"] == report["against_real_images"]["coverage"] == 1.0
@@ -201,6 +202,15 @@ def test_a_perfect_model_gets_a_perfect_report(tmp_path: Path, monkeypatch: pyte
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "| R-precision among 12 captions | 100% (76%…100%) | 100% (76%…100%) | 0% (0%…24%) |" in text
     assert "| colour, by the CLIP (12 captions) | 100% (76%…100%) | 100% | " in text
+
+
+def test_each_figure_is_of_the_images_it_names(judge: obedience.Judge, asked: list[obedience.Unseen]) -> None:
+    """Samples of other monsters than were asked for: the real images still obey, and the samples do not."""
+    real = [monsters.draw(monster.index, 96) for monster in asked]
+    report = script.measure_obedience(real[1:] + real[:1], real, [one.caption for one in asked], asked, judge)
+    samples, others = (report["attributes"][name]["colour"]["obeyed"] for name in ("samples", "real_images"))
+    assert samples < 0.5 < 0.9 < others
+    assert report["obedience"]["r_precision"] < 0.2 < 0.9 < report["obedience"]["r_precision_of_real_images"]
 
 
 def test_every_attribute_is_told_apart_in_drawings_and_not_by_grammar(judge: obedience.Judge) -> None:
@@ -227,12 +237,22 @@ def test_intervals_hold_what_they_say() -> None:
     low, high = share_interval(0.97, 100)
     assert (round(low, 3), round(high, 3)) == (0.915, 0.990)  # Wilson's, as published tables have it
     assert share_interval(0.0, 10)[0] == 0.0 and share_interval(1.0, 10)[1] == 1.0
-    generator, held = torch.Generator().manual_seed(0), 0
+    assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+def test_the_prediction_errors_interval_is_that_of_other_images() -> None:
+    """Images that differ as a whole: the mean of 16 of them varies as 16 numbers do, not as their 70 errors."""
+    generator, which = torch.Generator().manual_seed(0), spread(16, 1000, torch.device("cpu"))[0]
+    rising, held = torch.linspace(9, 0, len(which)), 0  # by timestep, which the interval leaves out
     for _ in range(100):
-        low, high = mean_interval((torch.rand(40, generator=generator) ** 2).tolist())
-        held += low < 1 / 3 < high
-    assert 88 <= held <= 99
-    assert mean_interval([2.0]) == (2.0, 2.0)
+        of_images = torch.rand(16, generator=generator)
+        interval, of_tenths = intervals((of_images[which] + rising).tolist(), which)
+        held += interval[0] < 0.5 + 4.5 < interval[1]
+    assert 85 <= held <= 99
+    assert interval[1] - interval[0] == pytest.approx(2 * 1.96 * of_images.std().item() / 4, rel=0.3)
+    assert len(of_tenths) == 10 and all(low < high for low, high in of_tenths)
+    assert [low > 8 - i for i, (low, _) in enumerate(of_tenths)] == [True] * 10  # each about its own level
+    assert intervals([2.0] * 70, which) == ((2.0, 2.0), [(2.0, 2.0)] * 10)
 
 
 def test_kid_is_0_for_one_distribution_and_not_for_two(judge: obedience.Judge) -> None:
@@ -268,6 +288,10 @@ def test_precision_recall_and_coverage_know_what_is_missing() -> None:
     odd = precision_recall_coverage(real, torch.cat([again[:100], 60 + again[:100]]))  # half of it like nothing real
     assert 0.4 < odd["precision"] < 0.55
     assert precision_recall_coverage(real[:2], real[:2] + 0.01)["coverage"] == 1.0  # fewer than five neighbours
+    for made in (again, again[:100], 0.5 * again + 1):
+        theirs = prdc.compute_prdc(real.numpy(), made.numpy(), nearest_k=5)
+        ours = precision_recall_coverage(real, made)
+        assert ours == pytest.approx({name: theirs[name] for name in ours}, abs=1e-6)
 
 
 def test_prediction_errors_are_those_of_the_steps_loss_and_repeat_themselves() -> None:
@@ -369,11 +393,3 @@ def test_prediction_errors_of_a_model_that_predicts_velocity_are_of_the_velocity
         patch.setattr(NoiseSchedule, "add_noise", remember)
         patch.setattr(model.unet, "forward", lambda *_: seen[-1])
         assert max(prediction_errors(model, torch.rand(2, 3, 64, 64) * 2 - 1, ["a", "b"])) < 1e-9
-
-
-def test_intervals_are_those_of_nineteen_in_twenty() -> None:
-    """Wilson's by its formula; of a mean, 1.96 standard errors on either side."""
-    assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    low, high = mean_interval(values.tolist())
-    assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.08)

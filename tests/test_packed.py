@@ -8,7 +8,8 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from lora import LoRAConv2d, add, merge, set_scale
+from lora import LoRAConv2d, add, merge, remove, set_scale
+from published.lora_files import write_lora
 from sampling.packed import PackedConv2d, packed
 from stable_diffusion_model import StableDiffusion
 
@@ -112,6 +113,44 @@ def test_changes_that_are_merged_are_packed_with_their_layer(model):
     assert changed != base and {type(model.unet.get_submodule(name)) for name in names} == {LoRAConv2d}
     set_scale(model.unet, "default", 0.0)
     assert image(model) == base
+
+
+def test_a_callback_may_change_and_save_the_model_between_steps(model, tmp_path, monkeypatch):
+    """As if weights had never been packed: from the next step on."""
+    names = [name for name, layer in model.unet.named_modules() if name.endswith("conv1")]
+    for change in add(model.unet, names, rank=2, alpha=2.0):
+        nn.init.normal_(change.up.weight)
+    write_lora(tmp_path / "lora.safetensors", model.unet)
+    remove(model.unet)
+    name = model.load_lora(tmp_path / "lora.safetensors")
+    scales = iter([0.5, 0.0, 1.0] * 2)
+
+    def change_it(step: int, *_) -> None:
+        model.set_lora_scale(name, next(scales))
+        if step == 1:
+            model.save_pretrained(tmp_path / "model")
+
+    plain = image(model)
+    changed, saved = image(model, callback=change_it), StableDiffusion.from_pretrained(tmp_path / "model", "cpu")
+    monkeypatch.setattr("sampling.packed._dtypes_of_onednn", set)
+    assert image(model, callback=change_it) == changed != plain == image(model)
+    remove(model.unet)
+    del model.loras[name]
+    assert image(saved) == image(model)  # of the moment when its scale was 0
+
+
+def test_a_callback_may_load_another_lora_or_another_precision(model, tmp_path):
+    before = state(model.unet)
+    for change in add(model.unet, ["conv_in"], rank=2, alpha=2.0):
+        nn.init.normal_(change.up.weight)
+    write_lora(tmp_path / "lora.safetensors", model.unet)
+    remove(model.unet)
+    image(model, callback=lambda step, *_: model.load_lora(tmp_path / "lora.safetensors") and None)
+    assert len(model.loras) == HOW["steps"]
+    remove(model.unet)
+    image(model, callback=lambda step, *_: model.to("cpu", torch.float64) and None)
+    assert model.dtype == torch.float64 and not any(isinstance(layer, PackedConv2d) for layer in model.unet.modules())
+    assert [value[1] for value in state(model.unet).values()] == [value[1] for value in before.values()]
 
 
 def test_other_dtypes_and_devices_are_left_alone(model):

@@ -67,19 +67,39 @@ def test_the_report_of_the_shipped_model() -> None:
     assert shown and shown <= rows(in_words(report))
 
 
-@pytest.mark.parametrize(
-    ("file", "column", "steps"),
-    [
-        ("monsters/metrics.csv", "validation_loss", ["1000", "2000", "3000", "3900"]),
-        ("pokemon/metrics_128.csv", "validation_loss", ["250", "750", "1500", "2500", "3500"]),
-    ],
-)
-def test_losses_along_a_run(file: str, column: str, steps: list[str]) -> None:
+def along(file: str, column: str) -> dict[str, float]:
+    """A column of a run's metrics.csv, by step."""
     with open(RESULTS / file, encoding="utf-8") as lines:
-        values = {row["step"]: float(row[column]) for row in csv.DictReader(lines) if row[column]}
-    table = {(row[0].split(",")[0].replace(",", ""), row[1]) for row in rows(ABOUT_RESULTS) if len(row) > 1}
-    for step in steps:
-        assert (step, f"{values[step]:.4f}") in table, step
+        return {row["step"]: float(row[column]) for row in csv.DictReader(lines) if row[column]}
+
+
+def test_figures_along_a_run() -> None:
+    table = {(row[0].split(",")[0], *row[1:]) for row in rows(ABOUT_RESULTS)}
+    losses = along("monsters/metrics.csv", "validation_loss")
+    for step in ("1000", "2000", "3000", "3900"):
+        assert (step, f"{losses[step]:.4f}") in table
+    losses, trained = (along("pokemon/metrics_128.csv", column) for column in ("validation_loss", "loss"))
+    for step in ("250", "750", "1500", "2500", "3500"):
+        assert (step, f"{losses[step]:.4f}", f"{trained[step]:.3f}") in table
+    columns = ("loss", "image_to_text_r1", "text_to_image_r1")
+    losses, images, texts = (along("clip/metrics.csv", column) for column in columns)
+    for step, digits in (("500", 2), ("1000", 3), ("3000", 3), ("6500", 3)):
+        assert (step, f"{losses[step]:.{digits}f}", f"{images[step]:.0%}", f"{texts[step]:.0%}") in table
+    psnr, ssim = (along("vae/metrics.csv", column) for column in ("psnr", "ssim"))
+    assert ("both", f"{psnr['2000']:.1f} dB", f"{ssim['2000']:.4f}") in table  # "both, half-way (step 2000)"
+
+
+def test_figures_in_sentences_about_runs() -> None:
+    text = " ".join(ABOUT_RESULTS.split())
+    first, last = (along("monsters/metrics.csv", "loss")[step] for step in ("50", "3900"))
+    assert f"training loss (weighted by min-SNR) fell from {first:.2f} to {last:.3f}" in text
+    losses = along("pokemon/metrics_256.csv", "validation_loss")
+    trained = along("pokemon/metrics_256.csv", "loss")["750"]
+    assert f"to {trained:.3f}, the validation loss to {losses['750']:.4f}" in text
+    both = along("vae/metrics.csv", "psnr")["3900"], along("vae/metrics.csv", "ssim")["3900"]
+    each = [row for row in rows(ABOUT_RESULTS) if row[0] in ("monsters", "real Pokémon images") and "dB" in row[1]]
+    assert sum(float(row[1].removesuffix(" dB")) for row in each) / 2 == pytest.approx(both[0], abs=0.06)
+    assert sum(float(row[2]) for row in each) / 2 == pytest.approx(both[1], abs=1e-4)
 
 
 def test_the_report_on_real_images() -> None:
