@@ -27,16 +27,7 @@ from diffusion_model import Context, UNet
 from guidance import Guidance
 from images import format_parameters, image_to_mask, image_to_pixels, pixels_to_images
 from noise_schedule import NoiseSchedule
-from published import (
-    ModelParts,
-    attach,
-    find_layers,
-    load_model,
-    lora_file,
-    read_lora,
-    save_folder,
-    save_single_file,
-)
+from published import ModelParts, attach, find_layers, load_model, lora_file, read_lora, save_folder, save_single_file
 from samplers import SAMPLERS, TimestepGrid, check_arguments, grid_options, inpainting, timestep_grid
 from sampling.packed import packed, unpack
 from sampling.request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
@@ -172,7 +163,10 @@ class StableDiffusion:
         return name
 
     def set_lora_scale(self, name: str, scale: float) -> None:
-        """How strongly a LoRA counts from the next `sample` on: 0 = not at all, bit for bit. ValueError if unknown."""
+        """How strongly a LoRA counts from the next `sample` on: 0 = not at all, bit for bit. ValueError if unknown.
+
+        In a callback it is from the next step on, but for the text's keys and values, which a sampling computes once.
+        """
         if name not in self.loras or not math.isfinite(scale):
             loaded = ", ".join(self.loras) or "none"
             raise ValueError(f"LoRA {name!r} at scale {scale}: the scale must be finite, and loaded are {loaded}.")

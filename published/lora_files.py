@@ -56,7 +56,7 @@ class Change(NamedTuple):
 
 def lora_file(path_or_hub_id: str | os.PathLike) -> Path:
     """The file itself: it, or the one in a folder or hub repository. FileNotFoundError if there is none."""
-    path = locate(path_or_hub_id, "the LoRA")
+    path = locate(path_or_hub_id, "the LoRA", any_name=True)
     if path.is_file():
         return path
     found = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))

@@ -32,12 +32,13 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_mo
 UNUSED_FOLDERS = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline, up to 1.2 GB
 
 
-def locate(name: str | Path, what: str, weights: bool = True) -> Path:
+def locate(name: str | Path, what: str, weights: bool = True, any_name: bool = False) -> Path:
     """Return the local file or folder `name`, or the local copy of the hub model `name`, downloaded if need be.
 
     `what` says where the name comes from (such as "--vae") and opens the error. Of a hub model only those files are
     downloaded that `read_folder_weights` would choose, and the JSON and vocabulary beside them (these alone unless
-    `weights`); without a network, the hub's cache is used. Raises FileNotFoundError, in one sentence, if there is none.
+    `weights`; with `any_name`, if there are none but a single .safetensors, that one, as LoRAs are published); without
+    a network, the hub's cache is used. Raises FileNotFoundError, in one sentence, if there is none.
     """
     text = str(name)
     path = Path(text).expanduser()
@@ -49,7 +50,7 @@ def locate(name: str | Path, what: str, weights: bool = True) -> Path:
             f"{what} {text!r} does not exist; pass an existing file or folder, or a hub id (OWNER/NAME)."
         )
     try:
-        return _hub_folder(text, weights)
+        return _hub_folder(text, weights, any_name)
     except Exception as error:  # some thirty kinds, from three libraries; the user needs one sentence
         raise FileNotFoundError(
             f"{what} {text!r} is not a file or folder here, and the hub did not give it ({_reason(error)}); "
@@ -57,11 +58,11 @@ def locate(name: str | Path, what: str, weights: bool = True) -> Path:
         ) from error
 
 
-def _hub_folder(repository: str, weights: bool) -> Path:
+def _hub_folder(repository: str, weights: bool, any_name: bool) -> Path:
     try:
         # One request that fails at once without a network (the others try again for half a minute).
         listed = huggingface_hub.HfApi().model_info(repository, timeout=10).siblings or []
-        wanted = _wanted_files([file.rfilename for file in listed], weights)
+        wanted = _wanted_files([file.rfilename for file in listed], weights, any_name)
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
     except Exception:  # no network, hub down, model withdrawn: use what was downloaded before
         try:
@@ -71,7 +72,7 @@ def _hub_folder(repository: str, weights: bool) -> Path:
         raise  # the first error says more than "not in the cache"
 
 
-def _wanted_files(names: list[str], weights: bool) -> list[str]:
+def _wanted_files(names: list[str], weights: bool, any_name: bool) -> list[str]:
     folders = sorted({os.path.dirname(name) for name in names} - set(UNUSED_FOLDERS))
     wanted = [name for name in names if os.path.dirname(name) in folders and name.endswith((".json", ".txt"))]
     if not weights:
@@ -81,6 +82,9 @@ def _wanted_files(names: list[str], weights: bool) -> list[str]:
         chosen = next((files for stem in STEMS if (files := choose_weight_files(inside, stem))), [])
         wanted += [os.path.join(folder, name) for name in chosen]
     if not any(name.endswith(WEIGHT_SUFFIXES) for name in wanted):
+        single = [name for name in names if name.endswith(".safetensors") and not os.path.dirname(name)]
+        if any_name and len(single) == 1:
+            return wanted + single
         raise LookupError("it holds no weights in the layout of diffusers or transformers")
     return wanted
 

@@ -389,6 +389,17 @@ def test_a_lora_is_downloaded_with_the_options_that_peft_keeps_beside_it(hub, mo
     assert sorted(hub.asked) == ["adapter_config.json", f"{stem}.safetensors"]
 
 
+def test_the_only_file_of_a_lora_may_have_any_name(hub, monkeypatch):
+    monkeypatch.setattr(Hub, "files", ["README.md", "pokemon-style-v2.safetensors", "a.png"])
+    locate("owner/lora", "the LoRA", any_name=True)
+    assert hub.asked == ["pokemon-style-v2.safetensors"]
+    with pytest.raises(FileNotFoundError, match="no weights in the layout"):
+        locate("owner/lora", "--vae")  # may be a whole model of many GB
+    monkeypatch.setattr(Hub, "files", ["one.safetensors", "two.safetensors"])
+    with pytest.raises(FileNotFoundError, match="no weights in the layout"):
+        locate("owner/lora", "the LoRA", any_name=True)
+
+
 def test_a_model_without_readable_weights_is_refused(hub, monkeypatch):
     monkeypatch.setattr(Hub, "files", ["README.md", "sd.ckpt", "config.json"])
     with pytest.raises(FileNotFoundError) as error:
