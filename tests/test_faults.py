@@ -149,6 +149,10 @@ FAULTS = [
     Fault("attention over the pixels, not the words", "evaluation/attention.py", "q.shape[-1] ** -0.5, dim=-1)", "q.shape[-1] ** -0.5, dim=-2)", "test_attention.py::test_the_weights_are_those_that_made_the_output"),
     Fault("attention not against the box's area", "evaluation/attention.py", " / inside.float().mean()", "", "test_attention.py::test_looking_is_measured_against_the_area_of_the_box"),
     Fault("the other words are the same words", "evaluation/attention.py", "for other in words if other != part", "for other in words", "test_attention.py::test_words_that_look_at_their_parts_score_high"),
+    Fault("attention to a drawing without noise", "evaluation/attention.py", "model.unet(model.schedule.add_noise(latents, noise, times).to(model.dtype)", "model.unet(latents.to(model.dtype)", "test_attention.py::test_the_drawing_is_looked_at_through_its_noise"),
+    Fault("the worst monster called the usual one", "evaluation/attention.py", "statistics.median(values) if values", "min(values) if values", "test_attention.py::test_scores_are_medians_over_the_monsters"),
+    Fault("the tail looked for in the whole monster", "evaluation/attention.py", '(TAIL.get(monster.tail, ()), "tail")', '(TAIL.get(monster.tail, ()), "body")', "test_attention.py::test_parts_are_named_as_in_the_caption_and_lie_where_they_are_drawn"),
+    Fault("attributes of the samples called those of real images", "evaluate_stable_diffusion.py", '"real_images": real,', '"real_images": made,', "test_evaluation.py::test_each_figure_is_of_the_images_it_names"),
     Fault("R-precision of the samples called that of real images", "evaluation/obedience.py", "self.r_precision(real, captions)", "self.r_precision(images, captions)", "test_evaluation.py::test_the_controls_are_the_real_images_and_other_captions"),
     # Muon
     Fault("Muon forgets its momentum", "training/optimizers.py", "torch.stack(momenta).lerp_(gradient, (1 - MOMENTUM) * go)", "gradient.clone()", "test_optimizers.py::test_matrices_are_stepped_as_by_pytorchs_muon"),
@@ -174,6 +178,7 @@ FAULTS = [
     Fault("weights left in another layout", "sampling/packed.py", "plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)", "plain.contiguous()", "test_packed.py::test_the_unet_is_as_it_was_afterwards_and_within_no_weight_is_held_twice"),
     Fault("weights held twice", "sampling/packed.py", "self.weight.data.new_empty(0)", "self.weight.data", "test_packed.py::test_the_unet_is_as_it_was_afterwards_and_within_no_weight_is_held_twice"),
     Fault("an error leaves weights packed", "sampling/packed.py", "    try:\n        yield\n    finally:\n", "    yield\n    if True:\n", "test_packed.py::test_an_error_or_an_interrupt_within_loses_nothing"),
+    Fault("a callback's changes lost in packed weights", "stable_diffusion_model.py", 'belong, even while it samples."""\n        unpack(self.unet)', 'belong, even while it samples."""', "test_packed.py::test_a_callback_may_change_and_save_the_model_between_steps"),
     Fault("another thread packs again", "sampling/packed.py", "if type(layer) is nn.Conv2d or merged:", "if isinstance(layer, nn.Conv2d):", "test_packed.py::test_what_one_sampling_left_packed_the_next_one_mends"),
     Fault("a LoRA saved in another precision", "training/low_rank.py", "write_lora(folder / FILE, model.unet, dtype=dtype)", "write_lora(folder / FILE, model.unet, dtype=torch.float16)", "test_train_lora.py::test_only_the_low_rank_weights_are_trained_and_kept"),
     Fault("another base taken for the same", UNET, 'if state.get("base", "") != self.base:', "if False:", "test_train_lora.py::test_another_base_is_no_base_to_resume_on"),

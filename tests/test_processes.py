@@ -121,7 +121,8 @@ run(script.main)
 """
 
 
-@pytest.mark.parametrize("restarts", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.long
+@pytest.mark.parametrize("restarts", [0, 1])
 def test_a_rank_that_fails_ends_the_job_with_its_own_error_and_torchrun_goes_on(
     folder: Path, alone: Path, tmp_path: Path, restarts: int
 ) -> None:

@@ -61,6 +61,7 @@ def arguments(parts: Path, output: Path, *more: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_two_images_come_back_from_their_own_captions() -> None:
     """Overfitted to two captioned latents, guided sampling returns each from its caption, far from the other."""
     torch.manual_seed(1)
