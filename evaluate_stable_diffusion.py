@@ -9,7 +9,8 @@ training image, beside it). Numbers come with the interval in which another such
 - Obedience: R-precision, how often a CLIP finds an image's own prompt the nearest of all; the same for real images, and
   for images paired with other prompts. For monsters also the colour of the pixels, and each attribute by itself.
 - Quality and variety, on that CLIP's features, against real images of the prompts: KID, precision, recall, coverage.
-- Prediction error: how well the U-Net predicts the noise in real images, by tenths of the timesteps.
+- Prediction error: how well the U-Net predicts the noise in real images, by tenths of the timesteps; with --checkpoint,
+  the raw weights of the run as well as the averaged ones, which the model has.
 - Memorisation: the distance of each sample to its nearest training image (or that image's mirror), as it is and
   calibrated, against the same for images that cannot be copies: monsters drawn afresh, or each training image against
   all others. Samples that are nearer than 99 % of those are called copies.
@@ -33,6 +34,7 @@ if __name__ == "__main__":
     sys.argv[1:] = with_model_named(sys.argv[1:])
     answer_early(Options)  # before the imports below, which take seconds
 
+import copy
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +58,7 @@ from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, sp
 from images import captioned_sheet, image_to_pixels, pixels_to_images, read_parameters, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
+from published.weight_files import first_line
 from stable_diffusion_model import StableDiffusion
 from training.reconstruction import measure, to_bytes
 from training.reproducible import resolve_precision
@@ -189,6 +192,19 @@ def measure_prediction(model: StableDiffusion, pixels: Tensor, prompts: list[str
     }
 
 
+def with_raw_weights(model: StableDiffusion, checkpoint: str) -> StableDiffusion:
+    """The model with the U-Net as it was trained, before averaging. UserError if the checkpoint is of another model."""
+    unet = copy.deepcopy(model.unet)
+    try:
+        unet.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["unet"])
+    except Exception as error:  # a damaged file fails anywhere
+        raise UserError(
+            f"--checkpoint {checkpoint}: cannot be read as one of this model's ({first_line(error)}); pass "
+            "checkpoints/step_….pt of the run that made it."
+        ) from error
+    return StableDiffusion(*model.parts._replace(unet=unet))
+
+
 def measure_copying(of_samples: Nearest, of_others: Nearest) -> dict:
     """How near samples come to training images, against images that cannot be copies (`of_others`)."""
     measures = ("distance", "calibrated")
@@ -228,6 +244,7 @@ def main(argv: list[str]) -> None:
         for path in options.lora:
             model.load_lora(path)
         judge = Judge.load(options.clip)
+    raw = with_raw_weights(model, options.checkpoint) if options.checkpoint else None
     if side % (factor := model.vae.config.downsampling):
         raise UserError(f"--resolution must be divisible by {factor}, not {side}.")
     if len(training) < 2:
@@ -252,6 +269,8 @@ def main(argv: list[str]) -> None:
         report["against_real_images"] = kid(*features) | precision_recall_coverage(*features)
     noised = torch.stack([to_pixels(image, side) for image in real[:NOISED]])
     report["prediction_error"] = measure_prediction(model, noised, prompts[:NOISED])
+    if raw:
+        report["prediction_error_of_raw_weights"] = measure_prediction(raw, noised, prompts[:NOISED])
     if asked:
         indices = [monster.index for monster in asked[:ATTENTIVE]]
         attention = score_parts(model, indices, side)

@@ -26,7 +26,11 @@ def in_words(report: dict) -> str:
             ("coverage", _share(found["coverage"], count), "real images that have a sample near them"),
         ]
         lines += ["", *_table(("against real images, by the CLIP's features", "", ""), rows)]
-    lines += ["", *_table(("prediction error at t", "mean squared error", ""), _errors(report["prediction_error"]))]
+    head, rows = ("prediction error at t", "mean squared error", ""), _errors(report["prediction_error"])
+    if "prediction_error_of_raw_weights" in report:
+        raw = _errors(report["prediction_error_of_raw_weights"])
+        head, rows = (*head, "raw weights", ""), [(*row, *more[1:]) for row, more in zip(rows, raw, strict=True)]
+    lines += ["", *_table(head, rows)]
     copying = report["copying"]
     rows = []
     for measure in ("distance", "calibrated"):

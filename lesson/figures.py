@@ -81,12 +81,16 @@ def plane_of(unconditional: Tensor, conditional: Tensor) -> Callable[[Tensor], t
 def show_vectors(title: str, vectors: dict[str, tuple[float, float]], unit: str) -> None:
     """Arrows from 0 with their names; the two axes have scales of their own, since the second is far shorter."""
     _, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
-    for i, (name, (x, y)) in enumerate(vectors.items()):
-        axes.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{i}", "linewidth": 1.5})
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 0), va="center", color=f"C{i}")
     xs, ys = zip(*vectors.values(), (0, 0), strict=True)
-    axes.set_xlim(min(xs) - 0.1 * (max(xs) - min(xs)), max(xs) + 0.35 * (max(xs) - min(xs)))
-    axes.set_ylim(min(ys) - 0.15 * (max(ys) - min(ys)), max(ys) + 0.15 * (max(ys) - min(ys)))
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    for i, (x, y) in enumerate(vectors.values()):
+        axes.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{i}", "linewidth": 1.5})
+    lowest = -np.inf
+    for i, (name, (x, y)) in sorted(enumerate(vectors.items()), key=lambda item: item[1][1][1]):
+        lowest = max(y, lowest + 0.085 * height)  # no name upon another
+        axes.text(x + 0.015 * width, lowest, name, va="center", color=f"C{i}")
+    axes.set_xlim(min(xs) - 0.1 * width, max(xs) + 0.35 * width)
+    axes.set_ylim(min(ys) - 0.15 * height, max(ys) + 0.15 * height)
     axes.set(title=title, xlabel=f"along the unconditional prediction ({unit})", ylabel=f"across it ({unit})")
     axes.grid(alpha=0.3)
     plt.show()

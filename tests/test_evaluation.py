@@ -169,6 +169,27 @@ def test_a_report_is_written(tmp_path, capsys: pytest.CaptureFixture) -> None:
     assert (tmp_path / "report" / "samples.png").is_file() and (tmp_path / "report" / "nearest.png").is_file()
 
 
+def test_raw_weights_are_measured_beside_the_averaged_ones(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    for parameter in model.unet.conv_out.parameters():
+        parameter.data.zero_()  # as raw weights might differ: these predict 0
+    torch.save({"step": 3, "unet": model.unet.state_dict()}, tmp_path / "step_00000003.pt")
+    argv = [str(tmp_path / "model"), "--dataset", "monsters:4", "--num_samples", "2", "--resolution", "64"]
+    argv += ["--steps", "1", "--device", "cpu", "--output_dir", str(tmp_path / "report"), "--checkpoint"]
+    script.main([*argv, str(tmp_path / "step_00000003.pt")])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    averaged, raw = report["prediction_error"], report["prediction_error_of_raw_weights"]
+    assert raw["mean"] == pytest.approx(1, abs=0.1) and abs(averaged["mean"] - 1) > 0.02
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| all | "))
+    assert row.split(" | ")[1] == f"{averaged['mean']:.4f}" and row.split(" | ")[3] == f"{raw['mean']:.4f}"
+    (tmp_path / "other.pt").write_bytes(b"no checkpoint")
+    for wrong in (tmp_path / "other.pt", tmp_path / "nothing.pt", tmp_path / "model" / "unet" / "config.json"):
+        with pytest.raises(UserError, match=r"--checkpoint .*cannot be read as one of this model's"):
+            script.main([*argv, str(wrong)])
+
+
 def test_captions_of_a_folder_are_judged_with_its_own_images(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()

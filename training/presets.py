@@ -323,6 +323,7 @@ class EvaluationOptions:
     # fmt: off
     model: str = option(str(_HERE / "stable_diffusion_results" / "monsters" / "model"), "the model: folder, hub id or single file", group="what is measured")
     lora: list[str] = option([], "one or more LoRAs, added to the model: files, folders or hub ids")
+    checkpoint: str = option("", "a checkpoint of the run that made it (checkpoints/step_….pt): how well its raw weights predict, beside the averaged ones")
     dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
     clip: str = option(str(_HERE / "stable_diffusion_results" / "clip"), "judges whether images show their prompts: folder or hub id of a whole CLIP")
     num_samples: int = option(100, "images to sample", at_least=2)
