@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,16 @@ from diffusion_model import Context, UNet
 from guidance import Guidance
 from images import format_parameters, image_to_mask, image_to_pixels, pixels_to_images
 from noise_schedule import NoiseSchedule
-from published import ModelParts, attach, find_layers, load_model, lora_file, read_lora, save_folder, save_single_file
+from published import (
+    ModelParts,
+    attach,
+    find_layers,
+    load_model,
+    lora_file,
+    read_lora,
+    save_folder,
+    save_single_file,
+)
 from samplers import SAMPLERS, TimestepGrid, check_arguments, grid_options, inpainting, timestep_grid
 from sampling.packed import packed, unpack
 from sampling.request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
@@ -148,9 +156,8 @@ class StableDiffusion:
         """
         if not math.isfinite(scale):
             raise ValueError(f"{path_or_hub_id}: the scale of a LoRA must be a finite number, not {scale}.")
-        file = lora_file(path_or_hub_id)
+        file, name = lora_file(path_or_hub_id)
         changes = read_lora(file)
-        name = re.sub(r"\W", "_", file.parent.name if file.stem == "pytorch_lora_weights" else file.stem) or "lora"
         while name in self.loras or hasattr(nn.ModuleDict(), name):
             name += "_"
         networks = self._networks().items()

@@ -357,13 +357,15 @@ class Run:
         parts = {"model": self.model, "ema": self.ema.module, "optimizer": self.optimizer}
         state = self.reporter.state() | {name: part.state_dict() for name, part in parts.items()}
         state["tokenizer"] = tokenizer_parts(self.tokenizer)
-        folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
-        averaged = copy.deepcopy(self.ema.module).cpu()
-        folder.write_folder("clip", lambda path: save_clip(averaged, self.tokenizer, path))
+        folder.save_checkpoint(state, self.options.keep_checkpoints, is_best, self.write_results)
         folder.plot({"loss": "training loss"}, "loss (nats)", log_scale=True)
         labels = ("image → caption", "caption → image")
         folder.plot(dict(zip(SCORES, labels, strict=True)), "held-out R@1", "retrieval.png")
         self.reporter.saved()
+
+    def write_results(self, _is_best: bool) -> None:
+        averaged = copy.deepcopy(self.ema.module).cpu()
+        self.folder.write_folder("clip", lambda path: save_clip(averaged, self.tokenizer, path))
 
 
 def main(argv: list[str]) -> None:

@@ -342,15 +342,17 @@ class Run:
         state = {name: low_rank.trained_state(network, self.trained) for name, network in networks.items()}
         state |= self.reporter.state() | {"optimizer": self.optimizer.state_dict(), "base": self.base}
         if self.folder is not None:
-            self.folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
-            result = low_rank.result(self.options)
-            for name in [result] + [f"best_{result}"] * is_best:
-                self.folder.write_folder(name, lambda path: low_rank.write(path, self.model, self.options))
+            self.folder.save_checkpoint(state, self.options.keep_checkpoints, is_best, self.write_results)
             part = self.model.schedule.num_timesteps // BINS
             tenths = {name: f"held out, t = {i * part}…{(i + 1) * part - 1}" for i, name in enumerate(self.TENTHS)}
             curves = {"loss": "training (weighted)", "validation_loss": "held out"}
             self.folder.plot(curves, "loss", beside=tenths if len(self.held_out) else None)
         self.reporter.saved()
+
+    def write_results(self, is_best: bool) -> None:
+        result = low_rank.result(self.options)
+        for name in [result] + [f"best_{result}"] * is_best:
+            self.folder.write_folder(name, lambda path: low_rank.write(path, self.model, self.options))
 
     def load(self, state: dict) -> None:
         """Takes up weights, average and optimizer from a checkpoint; UserError if they are another U-Net's."""
@@ -372,7 +374,7 @@ class Run:
             f"U-Net of {sum(p.numel() for p in self.unet.parameters()) / 1e6:.1f} M parameters; {len(self.chosen)} "
             f"images to train on, {len(self.held_out)} held out; {self.processes.count} × {self.device.type}, "
             f"{str(self.precision).removeprefix('torch.')}; results in {self.options.output_dir}\n"
-            + str(forecast_run(self.options, self.model, self.data.nbytes, self.processes, self.precision))
+            + str(forecast_run(self.options, self.unet, self.model, self.data.nbytes, self.processes, self.precision))
         )
 
     def finish(self) -> None:

@@ -323,14 +323,16 @@ class Run:
         """A checkpoint; vae_model.pth with the averaged weights and standardised latents; plots."""
         folder = self.folder
         state = self.reporter.state() | {name: getattr(self, name).state_dict() for name in self.PARTS}
-        folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
-        generator = generator_for(self.device, self.options.seed, "standardise")
-        vae = standardised(self.ema, self.sets.standardising_sample(), generator)
-        with atomically(folder.path / "vae_model.pth") as temporary:
-            vae.save(temporary)
+        folder.save_checkpoint(state, self.options.keep_checkpoints, is_best, self.write_results)
         folder.plot({"psnr": "held-out PSNR (dB)"}, "PSNR (dB)", "psnr.png")
         folder.plot({"loss": "training loss"}, "loss", log_scale=True)
         self.reporter.saved()
+
+    def write_results(self, _is_best: bool) -> None:
+        generator = generator_for(self.device, self.options.seed, "standardise")
+        vae = standardised(self.ema, self.sets.standardising_sample(), generator)
+        with atomically(self.folder.path / "vae_model.pth") as temporary:
+            vae.save(temporary)
 
 
 def main(argv: list[str]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora import adapted, add_to
 from published.ldm_layout import unet_to_ldm
-from published.weight_files import locate, read_checkpoint, read_json, write_safetensors
+from published.weight_files import choose_weight_files, locate, read_checkpoint, read_json, write_safetensors
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 NETWORKS = {"unet": "U-Net", "text_encoder": "text encoder"}
@@ -54,15 +54,36 @@ class Change(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def lora_file(path_or_hub_id: str | os.PathLike) -> Path:
-    """The file itself: it, or the one in a folder or hub repository. FileNotFoundError if there is none."""
+def lora_file(path_or_hub_id: str | os.PathLike) -> tuple[Path, str]:
+    """The file itself, it or the one in a folder or hub repository, and a name. FileNotFoundError if there is none."""
     path = locate(path_or_hub_id, "the LoRA", any_name=True)
-    if path.is_file():
-        return path
-    found = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))
+    file = path if path.is_file() else _file_in(path)
+    return file, _name_of(path_or_hub_id, file)
+
+
+def _file_in(path: Path) -> Path:
+    names = [file.name for file in path.iterdir()]
+    for stem in (FILE.removesuffix(".safetensors"), "adapter_model"):
+        if chosen := choose_weight_files(names, stem):
+            return path / chosen[0]
+    found = sorted(name for name in names if name.endswith(".safetensors"))
     if len(found) != 1:
-        raise FileNotFoundError(f"{path} holds {len(found)} .safetensors files; pass the one that is meant.")
-    return found[0]
+        held = f"{len(found)} .safetensors files ({', '.join(found[:9])})" if found else "no LoRA"
+        raise FileNotFoundError(f"{path} holds {held}; pass the file that is meant.")
+    return path / found[0]
+
+
+def _name_of(path_or_hub_id: str | os.PathLike, file: Path) -> str:
+    """What to call a LoRA: its run's folder, its hub id, its folder or its file, whichever says most."""
+    if not Path(path_or_hub_id).expanduser().exists():
+        name = str(path_or_hub_id)
+    elif file.stem.partition(".")[0] not in (FILE.removesuffix(".safetensors"), "adapter_model"):
+        name = file.stem
+    else:
+        folder = Path(os.path.abspath(file)).parent
+        of_a_run = {"lora": "", "best_lora": "_best"}  # in such a folder training leaves it
+        name = folder.parent.name + of_a_run[folder.name] if folder.name in of_a_run else folder.name
+    return re.sub(r"\W", "_", name) or "lora"
 
 
 def read_lora(path: Path) -> dict[str, dict[str, Change]]:
@@ -104,9 +125,9 @@ def read_lora(path: Path) -> dict[str, dict[str, Change]]:
 
 def _check_matrices(path: Path, layer: str, down: Tensor, up: Tensor) -> None:
     for matrix in (down, up):
-        if matrix.layout != torch.strided or matrix.is_meta or matrix.is_complex():
+        if matrix.layout != torch.strided or matrix.is_meta or not matrix.is_floating_point():
             raise ValueError(
-                f"{path}: the matrices of {layer} are sparse, empty or complex; pass a LoRA of plain ones."
+                f"{path}: the matrices of {layer} are sparse, empty, complex or integer; pass a LoRA of plain ones."
             )
     fit = down.ndim in (2, 4) and down.ndim == up.ndim and down.shape[0] == up.shape[1] and len(down)
     if not fit or up.shape[2:] not in ((), (1, 1)):
@@ -133,7 +154,7 @@ def _config_of(path: Path, metadata: dict[str, Any]) -> Any:
         return {f"unet.{name}": value for name, value in read_json(beside).items()}
     try:
         return json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 import evaluate_stable_diffusion as script
+import lora
 import monsters
 from evaluation import obedience
 from evaluation.attributes import CHOICES, score_attributes, variants
 from evaluation.statistics import kid, precision_recall_coverage, share_interval
 from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
 from noise_schedule import NoiseSchedule
+from published.lora_files import write_lora
 from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model
@@ -188,6 +190,20 @@ def test_raw_weights_are_measured_beside_the_averaged_ones(tmp_path: Path) -> No
     for wrong in (tmp_path / "other.pt", tmp_path / "nothing.pt", tmp_path / "model" / "unet" / "config.json"):
         with pytest.raises(UserError, match=r"--checkpoint .*cannot be read as one of this model's"):
             script.main([*argv, str(wrong)])
+
+
+def test_loras_are_added_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = tiny_model()
+    for change in lora.add(model.unet, lora.targets(model.unet), rank=2, alpha=2):
+        torch.nn.init.normal_(change.up.weight)
+    write_lora(tmp_path / "fox.safetensors", model.unet)
+    seen = []
+    monkeypatch.setattr(script, "sample_all", lambda model, prompts, _: seen.append(dict(model.loras)) or 1 / 0)
+    argv = [str(tmp_path / "model"), "--dataset", "monsters:4", "--num_samples", "2", "--resolution", "64"]
+    with pytest.raises(ZeroDivisionError):
+        script.main([*argv, "--lora", str(tmp_path / "fox.safetensors"), "--output_dir", str(tmp_path / "report")])
+    assert seen == [{"fox": 1.0}]
 
 
 def test_captions_of_a_folder_are_judged_with_its_own_images(tmp_path: Path) -> None:

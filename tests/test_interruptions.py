@@ -20,7 +20,7 @@ PLACES = [
     ("encoding", 1), ("encoding", 5), ("loading", 1), ("step", 1), ("step", 3), ("step", 6), ("step", 8),
     ("average", 4), ("row", 2), ("row", 5), ("validation", 20), ("preview", 3), ("decoding", 2), ("checkpoint", 1),
     ("checkpoint", 2), ("flush", 30), ("rename", 1), ("replace", 2), ("replace", 9), ("replace", 14), ("model", 2),
-    ("plot", 2),
+    ("model", 4), ("plot", 2),
 ]  # fmt: skip
 
 

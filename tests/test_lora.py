@@ -163,6 +163,19 @@ def test_as_one_network_it_is_plain_and_afterwards_what_it_was(merged: bool) -> 
     assert all(bool(layer.unmerged) == merged for layer in lora.adapted(unet).values())
 
 
+def test_negative_scales_and_low_precision_are_merged_as_they_are() -> None:
+    unet = with_changes(tiny_unet())
+    lora.set_scale(unet, "default", -0.5)
+    beside = predict(unet)
+    lora.merge(unet)
+    assert relative_error(predict(unet), beside) < 2e-5
+    low = with_changes(tiny_unet()).to(torch.bfloat16)
+    layer = next(iter(lora.adapted(low).values()))
+    expected = (layer.weight.float() + layer.changes["default"].change()).bfloat16()  # rounded once
+    lora.merge(low)
+    assert torch.equal(layer.weight, expected)
+
+
 def test_it_is_unmerged_where_the_network_has_moved_meanwhile() -> None:
     unet = with_changes(tiny_unet())
     lora.merge(unet)
@@ -274,6 +287,29 @@ def test_alpha_by_diffusers_metadata(tmp_path: Path, config: dict) -> None:
     }
 
 
+def test_each_network_has_its_own_alpha(folder: Path, tmp_path: Path) -> None:
+    """By diffusers' metadata; of several patterns, the first that fits."""
+    _, pipe = open_both(folder)
+    tensors = their_file(pipe, tmp_path / "a.safetensors", with_alpha=False)
+    config = {
+        "unet.lora_alpha": 3,
+        "text_encoder.lora_alpha": 5,
+        "unet.use_rslora": False,
+        "text_encoder.use_rslora": True,
+    }
+    config |= {"unet.alpha_pattern": {"to_q": 8.0, "to_.*": 9.0}, "text_encoder.alpha_pattern": {"layers.0.*": 7.0}}
+    save_file(tensors, tmp_path / "b.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    found = read_lora(tmp_path / "b.safetensors")
+    for name, change in found["unet"].items():
+        assert change.alpha == (8.0 if name.endswith("to_q") else 9.0 if "to_" in name else 3.0), name
+    assert {("layers.0" in name, change.alpha) for name, change in found["text_encoder"].items()} <= {
+        (True, 7.0 * 2), (False, 5.0 * 2),  # times the root of the rank
+    }  # fmt: skip
+    deep = {"lora_adapter_metadata": "[" * 200_000}
+    save_file(tensors, tmp_path / "c.safetensors", deep)
+    assert {change.alpha for change in read_lora(tmp_path / "c.safetensors")["unet"].values()} == {4.0}
+
+
 def kohya(name: str) -> str:
     """diffusers' name in kohya's layout."""
     network, _, layer = name.partition(".")
@@ -309,25 +345,38 @@ def linear_layers(name: str) -> str:
     return name.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
 
 
+def kohya_of_sdxl_tools(name: str) -> str:
+    return kohya(name).replace("lora_te_", "lora_te1_")
+
+
+def without_prefix(name: str) -> str:
+    return name.removeprefix("unet.")
+
+
 def default_of_peft(name: str) -> str:
     prefix = "base_model.model." if name.startswith("unet.") else "text_encoder."
     return prefix + name.split(".", 1)[1].replace(".weight", ".default.weight")
 
 
 @pytest.mark.parametrize(
-    "layout", [kohya, kohya_with_ldm_names, first_diffusers, old_diffusers, linear_layers, default_of_peft]
+    "layout",
+    [
+        *(kohya, kohya_of_sdxl_tools, kohya_with_ldm_names, first_diffusers, old_diffusers, linear_layers),
+        *(default_of_peft, without_prefix),
+    ],
 )
 def test_every_layout_says_the_same(folder: Path, tmp_path: Path, layout: Callable[[str], str]) -> None:
     model, pipe = open_both(folder)
     tensors = their_file(pipe, tmp_path / "diffusers.safetensors", with_alpha=False)
     renamed = {layout(name): tensor for name, tensor in tensors.items()}
     assert len(renamed) == len(tensors)
-    assert not renamed.keys() & tensors.keys()
-    if layout in (kohya, kohya_with_ldm_names):
+    assert layout == without_prefix or not renamed.keys() & tensors.keys()
+    by_kohya = layout in (kohya, kohya_of_sdxl_tools, kohya_with_ldm_names)
+    if by_kohya:
         ends = [name for name in renamed if name.endswith(".lora_down.weight")]
         renamed |= {name.replace("lora_down.weight", "alpha"): torch.tensor(2.0) for name in ends}  # half of the rank
     save_file(renamed, tmp_path / "other.safetensors")
-    model.load_lora(tmp_path / "diffusers.safetensors", 0.5 if layout in (kohya, kohya_with_ldm_names) else 1.0)
+    model.load_lora(tmp_path / "diffusers.safetensors", 0.5 if by_kohya else 1.0)
     expected = ours(model, "ddim")
     model, _ = open_both(folder)
     model.load_lora(tmp_path / "other.safetensors")
@@ -386,6 +435,33 @@ def test_a_model_with_loras(folder: Path, tmp_path: Path) -> None:
     assert model.loras == loaded
 
 
+def test_the_text_encoders_changes_are_saved_with_the_model(folder: Path, tmp_path: Path) -> None:
+    model, pipe = open_both(folder)
+    tensors = their_file(pipe, tmp_path / "both.safetensors", with_alpha=False)
+    only = {name: tensor for name, tensor in tensors.items() if name.startswith("text_encoder.")}
+    save_file(only, tmp_path / "text.safetensors")
+    plain = model.encode_prompts(["a fox"])
+    model.load_lora(tmp_path / "text.safetensors")
+    changed = model.encode_prompts(["a fox"])
+    assert not torch.equal(changed, plain)
+    model.save_pretrained(tmp_path / "whole")
+    saved = StableDiffusion.from_pretrained(tmp_path / "whole", "cpu")
+    assert relative_error(saved.encode_prompts(["a fox"]), changed) < 1e-6
+
+
+def test_a_1x1_convolution_may_be_written_with_its_ones(folder: Path, tmp_path: Path) -> None:
+    model, _ = open_both(folder)
+    name = next(n for n, layer in model.unet.named_modules() if n.endswith("proj_in") and layer.weight.ndim == 4)
+    outputs, inputs = model.unet.get_submodule(name).weight.shape[:2]
+    down, up = torch.randn(2, inputs), torch.randn(outputs, 2)
+    for file, shape in (("flat", ()), ("square", (1, 1))):
+        tensors = {"lora_A": down.reshape(*down.shape, *shape), "lora_B": up.reshape(*up.shape, *shape)}
+        save_file({f"unet.{name}.{k}.weight": t for k, t in tensors.items()}, tmp_path / f"{file}.safetensors")
+        model.load_lora(tmp_path / f"{file}.safetensors")
+    changes = [*model.unet.get_submodule(name).changes.values()]
+    assert torch.equal(changes[0].change(), changes[1].change())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad files
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,8 +477,11 @@ def spoil(tensors: dict[str, Tensor], how: str, path: Path) -> None:
         tensors[name] = tensors[name][:2].clone()
     elif how == "rank 0":
         tensors = {k: (t[:0] if "lora_A" in k else t[:, :0]).clone() for k, t in tensors.items()}
-    elif how == "nan":
+    elif how in ("nan", "nan in up"):
+        name = name if how == "nan" else name.replace("lora_A", "lora_B")
         tensors[name] = tensors[name] * float("nan")
+    elif how == "integers":
+        tensors = {k: t.to(torch.int8) for k, t in tensors.items()}
     elif how == "half is missing":
         del tensors[name]
     elif how == "up of 3x3":
@@ -445,10 +524,12 @@ def spoil(tensors: dict[str, Tensor], how: str, path: Path) -> None:
         ("other rank", "do not fit each other"),
         ("rank 0", "do not fit each other"),
         ("nan", "not finite"),
+        ("nan in up", "not finite"),
+        ("integers", "complex or integer"),
         ("up of 3x3", "do not fit each other"),
         ("one layer twice", "twice, under two names"),
         ("one name twice", "twice, in two layouts"),
-        ("complex", "are sparse, empty or complex"),
+        ("complex", "are sparse, empty, complex or integer"),
         ("alpha of nan", "is nan, not a finite number"),
         ("alpha of infinity", "is inf, not a finite number"),
         ("alpha of two", "cannot be read"),
@@ -482,12 +563,36 @@ def test_bad_files_are_one_sentence_and_change_nothing(folder: Path, tmp_path: P
 def test_where_a_file_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the LoRA '\./nowhere' does not exist"):
         lora_file("./nowhere")
-    with pytest.raises(FileNotFoundError, match=r"holds 0 \.safetensors files"):
+    with pytest.raises(FileNotFoundError, match="holds no LoRA; pass the file"):
         lora_file(tmp_path)
     save_file({"a": torch.ones(1)}, tmp_path / "any.safetensors")
-    assert lora_file(tmp_path).name == "any.safetensors"
+    assert lora_file(tmp_path)[0].name == "any.safetensors"
     save_file({"a": torch.ones(1)}, tmp_path / "another.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"holds 2 \.safetensors files"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds 2 \.safetensors files \(another.safetensors, any.safetensors\)"
+    ):
         lora_file(tmp_path)
-    save_file({"a": torch.ones(1)}, tmp_path / "pytorch_lora_weights.safetensors")
-    assert lora_file(tmp_path).name == "pytorch_lora_weights.safetensors"
+    for name in ("adapter_model.bin", "pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+        assert lora_file(tmp_path)[0].name == name
+
+
+def test_a_lora_is_called_by_what_says_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of a user's are called "lora", nor by a commit of the hub."""
+    for name, called in {
+        "foxes/lora/pytorch_lora_weights.safetensors": "foxes",
+        "foxes/best_lora/pytorch_lora_weights.safetensors": "foxes_best",
+        "my foxes/pytorch_lora_weights.bin": "my_foxes",
+        "of peft/adapter_model.safetensors": "of_peft",
+        "fox.v2.safetensors": "fox_v2",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        assert lora_file(path) == (path, called)
+        if path.parent != tmp_path:
+            assert lora_file(path.parent) == (path, called)
+        monkeypatch.chdir(path.parent)
+        assert lora_file(f"./{path.name}")[1] == called
+    monkeypatch.setattr("published.lora_files.locate", lambda *_, **how: tmp_path / "foxes" / "lora")
+    assert lora_file("somebody/foxes-of-old")[1] == "somebody_foxes_of_old"

@@ -116,7 +116,8 @@ def _captions_of_texts(folder: str, images: list[str], files: list[str], caption
         shown = ", ".join(without[:SHOWN]) + (f" and {len(without) - SHOWN} more" if len(without) > SHOWN else "")
         raise UserError(
             f"--dataset {folder}: {len(without)} of {len(images)} images have no caption ({shown}): put a .txt beside "
-            "each, or write a metadata.jsonl with file_name and text for every image."
+            "each, or write a metadata.jsonl with file_name and text for every image"
+            + ("." if texts else "; or give all of them one, with --caption.")
         )
     return {path: " ".join(_read_text(text).split()) for path, text in texts.items()}
 

@@ -188,12 +188,15 @@ def forecast(
 
 
 def forecast_run(
-    options: UNetOptions, model: StableDiffusion, data: int, processes: Processes, precision: torch.dtype
+    options: UNetOptions, unet: UNet, model: StableDiffusion, data: int, processes: Processes, precision: torch.dtype
 ) -> Forecast:
-    """`forecast` for a run of train_stable_diffusion.py with `data` bytes of latents and texts on the device."""
+    """`forecast` for a run of train_stable_diffusion.py with `data` bytes of latents and texts on the device.
+
+    `unet` is what is trained; the model may hold its average.
+    """
     side = options.resolution // model.vae.config.downsampling
     return forecast(
-        model.unet,
+        unet,
         frozen=[model.vae, model.text_encoder.model],
         latents=(options.batch_size // processes.count // options.gradient_accumulation, side, side),
         length=model.text_encoder.length,

@@ -241,6 +241,8 @@ def options_of_run(cls: type, folder: str | Path) -> dict:
 
 def _check_unchanged(options: Any, earlier: dict) -> None:
     fixed = [f.name for f in fields(options) if f.metadata.get("fixed")]
+    if getattr(options, "lora_rank", 0):
+        fixed.remove("pretrained")  # it may have moved: the checkpoint knows its weights
     for name in fixed:
         if name in earlier and getattr(options, name) != earlier[name]:
             free = ", ".join(f.name for f in fields(options) if not f.metadata.get("fixed"))

@@ -139,9 +139,9 @@ class Reporter:
         finite = [row for row in rows if math.isfinite(row[names.index("gradient_norm")])]
         if not finite:
             raise DivergedError(
-                f"step {self.step}: no gradient of the last {len(rows)} steps was finite. They changed nothing, "
-                "and the last checkpoint is whole: --resume from it with a lower --learning_rate, or with --precision "
-                "float32."
+                f"step {self.step}: no gradient of the last {len(rows)} steps was finite. They changed nothing: "
+                "go on from the last checkpoint, if there is one, by --resume with a lower --learning_rate, or with "
+                "--precision float32; else start again with those."
             )
         means = {name: sum(column) / len(finite) for name, column in zip(names, zip(*finite, strict=True), strict=True)}
         if self.options.log_every:

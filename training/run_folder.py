@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -62,7 +63,8 @@ def atomically(path: Path) -> Iterator[Path]:
         _flush(path.parent)
         _remove(old)
     except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):  # safetensors'
+        number = getattr(error, "errno", None) or re.search(r"os error (\d+)", str(error))  # as safetensors says it
+        if (int(number[1]) if isinstance(number, re.Match) else number) in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{path}: the disk is full; what was there before is untouched: make room and go on with --resume."
             ) from error
@@ -276,9 +278,13 @@ class RunFolder:
     # Checkpoints
     # ------------------------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, state: dict, keep: int, is_best: bool = False) -> None:
+    def save_checkpoint(
+        self, state: dict, keep: int, is_best: bool = False, write_results: Callable[[bool], None] | None = None
+    ) -> None:
         """Writes a checkpoint and removes all but the last `keep`; the best one so far is kept as checkpoints/best.pt.
 
+        `write_results(is_best)` is called before the checkpoint is there: if it fails or is killed, a resumed run comes
+        to this step again, while after the last checkpoint nothing would write them any more.
         UserError if the disk has no room for it, DivergedError if a tensor is not finite: earlier ones are untouched.
         """
         tensors = _tensors(state)
@@ -288,6 +294,8 @@ class RunFolder:
                 f"step {state['step']}: NaN or infinity in the weights, which are not saved: --resume from the last "
                 "checkpoint with a lower --learning_rate, or with --precision float32."
             )
+        if write_results:
+            write_results(is_best)
         path = self.path / "checkpoints" / f"step_{state['step']:08d}.pt"
         needed, free = sum(t.nbytes for t in tensors), shutil.disk_usage(self.path).free
         with atomically(path) as temporary:
