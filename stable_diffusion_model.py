@@ -197,7 +197,6 @@ class StableDiffusion:
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "StableDiffusion":
         """Moves everything to `device` and the networks to `dtype`; returns itself."""
-        unpack(self.unet)
         self.unet.to(device, dtype)
         self.text_encoder.model.to(device, dtype)
         self.vae.to(device, torch.float32 if dtype == torch.float16 else dtype)
@@ -339,7 +338,7 @@ class StableDiffusion:
             return self._predict(x_t, t, keys_and_values(context))
 
         bar = tqdm(total=len(grid), desc=f"sampling with {sampler}", unit="step", disable=not progress)
-        with bar, packed(self.unet):
+        with bar, packed(self.unet, len(grid)):
 
             def predict(x_t: Tensor, t: float) -> Tensor:
                 parts = zip(x_t.split(together), contexts, strict=True)

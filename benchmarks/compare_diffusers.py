@@ -35,7 +35,7 @@ from benchmarks.contestants import MODELS, ROOT, SIDES, Case, Training, build
 from benchmarks.measuring import keep, kept, machine, seconds
 from noise_schedule import NoiseSchedule
 from sampling.packed import pack
-from stable_diffusion_model import StableDiffusion
+from stable_diffusion_model import StableDiffusion, choose_device
 
 RESULTS = Path(__file__).with_suffix(".json")
 ROWS = ("unet", "train", "pictures", "vae_encode", "vae_decode", "sampling")
@@ -312,7 +312,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     parser.add_argument("--profile", action="store_true", help="only print where the time goes")
     options = parser.parse_args()
-    device = "cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    try:
+        usual = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usual if options.device == "auto" else choose_device(options.device).type
+    except ValueError as error:
+        parser.error(str(error))
     choices = itertools.product(options.models, options.rows, options.dtypes)
     cases = [Case(row, model, dtype, device, options.compile) for model, row, dtype in choices]
     if options.profile:

@@ -113,8 +113,8 @@ def build(case: "Case", side: str) -> Side:
     training = case.row in ("train", "pictures")
     if side in ("ours", "tuned"):  # as `StableDiffusion` does; training on a CPU is faster contiguous: `UNet.laid_out`
         contiguous = training and case.device == "cpu"
-        layout = torch.contiguous_format if contiguous else torch.channels_last
-        unet, vae = (part and part.to(memory_format=layout) for part in (unet, vae))
+        unet = unet and unet.to(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+        vae = vae and vae.to(memory_format=torch.channels_last)
     dtype = torch.float32 if training else case.torch_dtype
     unet, vae = (part and part.to(case.device, dtype) for part in (unet, vae))
     return Side(unet, vae, clip)

@@ -34,7 +34,8 @@ def machine(device: str) -> dict:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        file = Path("/proc/cpuinfo")
+        info = file.read_text(encoding="utf-8") if file.is_file() else ""
         fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
         low = "with" if resolve_precision("auto", torch.device("cpu")) == torch.bfloat16 else "without"
         name = f"{fields.get('model name', 'CPU')}, {torch.get_num_threads()} threads, {low} bfloat16"

@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     options = parser.parse_args()
+    if min(options.values or [1]) < 1:
+        parser.error("--values must be positive.")
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         for name in [] if options.table else options.rows:

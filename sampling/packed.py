@@ -1,13 +1,16 @@
 """The U-Net on a CPU: convolutions bring their weights into the order of oneDNN once, and not in each step.
 
 PyTorch's convolutions take weights as files have them, and oneDNN multiplies blocks of them; so every call begins with
-a copy of the weights in another order. For one image, at 64×64 latents and below, that is a tenth of a step. Kernels
-are the same, and so is every bit; but with a single thread PyTorch takes others, with another order of sums.
+a copy of the weights in another order. For one image, at 64×64 latents and below, that is a tenth of a step. The result
+is the same up to the order of sums; with several threads, and two latents at once as guidance has them, bit for bit.
 """
 
 import contextlib
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,57 +18,99 @@ from torch import Tensor, nn
 from diffusion_model import UNet
 from lora import LoRAConv2d
 
+FROM_STEPS = 8  # for fewer, ordering takes longer than it saves
 ONE_AT_A_TIME = threading.RLock()  # a model may sample in several threads
+SAMPLINGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of each U-Net, those that are under way
+PYTORCHS_OWN = nn.Conv2d.forward, nn.Conv2d._conv_forward  # others may be put in their place
 
 
 class PackedConv2d(nn.Conv2d):
-    """A convolution that orders its weight anew when it first computes, and has its parameter empty from then on."""
+    """A convolution that orders its weight anew when it first computes, and has its parameter empty from then on.
+
+    Whoever wants more of it than its output (its state, a copy, another dtype, gradients) gets the layer as it was.
+    """
 
     packed: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         how = self.padding, self.stride, self.dilation, self.groups
         with ONE_AT_A_TIME:
-            if type(self) is not PackedConv2d:  # another thread has unpacked it meanwhile
-                return self(x)
+            if type(self) is not PackedConv2d or torch.is_grad_enabled():
+                return _as_it_was(self).forward(x)
             if self.packed is None:
-                self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *how, x.shape)
-                self.weight.data = self.weight.data.new_empty(0)  # so that it takes no more memory
+                with torch.inference_mode(False):
+                    weight = self.weight.data
+                    self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape)
+                    self.weight.data = weight.new_empty(0)  # so that it takes no more memory
             packed = self.packed
         return torch.ops.mkldnn._convolution_pointwise(x, packed, self.bias, *how, "none", [], "")
 
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return _as_it_was(self)._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _as_it_was(self)._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _as_it_was(self)._load_from_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:  # copies and pickles
+        return _as_it_was(self).__reduce_ex__(protocol)
+
+
+class _Sampling:
+    """One that is under way; it lives no longer than `packed` does, however that ends."""
+
 
 @contextlib.contextmanager
-def packed(unet: UNet) -> Iterator[None]:
-    """Within, a U-Net on a CPU computes the same faster, and the weights of its convolutions are not to be touched.
+def packed(unet: UNet, steps: int) -> Iterator[None]:
+    """Within, a U-Net on a CPU computes the same faster, if it is called in many steps.
 
-    Of several threads, the first one packs and the last one unpacks.
+    Of several threads, the first one packs and the last one unpacks. Where an interrupt leaves something packed, the
+    next sampling unpacks it, and so does whoever asks a layer for its state.
     """
-    with ONE_AT_A_TIME:
-        unet.samplings = getattr(unet, "samplings", 0) + 1
-        if unet.samplings == 1:
-            pack(unet)
+    this = _Sampling()
     try:
+        with ONE_AT_A_TIME:
+            SAMPLINGS.setdefault(unet, weakref.WeakSet()).add(this)
+            if steps >= FROM_STEPS:
+                pack(unet)
         yield
     finally:
         with ONE_AT_A_TIME:
-            unet.samplings -= 1
-            if not unet.samplings:
+            others = SAMPLINGS.get(unet, weakref.WeakSet())
+            others.discard(this)
+            if not others:
                 unpack(unet)
 
 
 def pack(unet: UNet) -> None:
-    """From now on, convolutions order their weights once. No gradients, until `unpack`.
+    """From now on, convolutions order their weights once, until `unpack`.
 
-    It changes nothing on other devices, for dtypes that the CPU has no kernels for, and where the U-Net is compiled.
+    It changes nothing on other devices, for dtypes that the CPU has no kernels for, under autocast, where the U-Net is
+    compiled, and for layers that compute otherwise than PyTorch's own.
     """
-    weight = unet.conv_in.weight
-    if type(unet) is not UNet or weight.device.type != "cpu" or weight.dtype not in _dtypes_of_onednn():
+    layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
+    if (
+        type(unet) is not UNet
+        or torch.is_autocast_enabled("cpu")
+        or any(module._compiled_call_impl is not None for module in unet.modules())
+        or PYTORCHS_OWN != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+    ):
         return
-    for layer in unet.modules():
-        merged = type(layer) is LoRAConv2d and layer.unmerged  # its changes are in its weight
-        if type(layer) is nn.Conv2d or merged:
-            layer.packed, layer.plain, layer.strides = None, type(layer), layer.weight.stride()
+    users, dtypes = Counter(id(layer.weight) for layer in layers), _dtypes_of_onednn()
+    for layer in layers:
+        weight, merged = layer.weight, type(layer) is LoRAConv2d and layer.unmerged  # its changes are in its weight
+        if (
+            (type(layer) is nn.Conv2d or merged)
+            and weight.device.type == "cpu"
+            and weight.dtype in dtypes
+            and users[id(weight)] == 1
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+            and not {"forward", "_conv_forward"} & vars(layer).keys()
+        ):
+            layer.packed, layer.plain, layer.strides = None, type(layer), weight.stride()
             layer.__class__ = PackedConv2d
 
 
@@ -77,10 +122,16 @@ def _dtypes_of_onednn() -> set[torch.dtype]:
 
 def unpack(unet: nn.Module) -> None:
     """Every convolution as it was, bit for bit, and in the memory layout that it had; a sampling goes on with these."""
-    with ONE_AT_A_TIME:
-        for layer in unet.modules():
-            if isinstance(layer, PackedConv2d):
-                if layer.packed is not None:
-                    plain = layer.packed.to_dense()
-                    layer.weight.data = plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)
-                layer.__class__, layer.packed = layer.plain, None
+    for layer in unet.modules():
+        _as_it_was(layer)
+
+
+def _as_it_was(layer: nn.Module) -> nn.Module:
+    with ONE_AT_A_TIME, torch.inference_mode(False):
+        if type(layer) is PackedConv2d:
+            if layer.packed is not None:
+                plain = layer.packed.to_dense()
+                layer.weight.data = plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)
+            layer.__class__ = layer.plain
+            del layer.packed, layer.plain, layer.strides
+    return layer

@@ -105,8 +105,15 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("row", compare_diffusers.ROWS)
 def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same outputs; as many calls of the U-Net; a training step that moves the weights."""
+    """Same outputs; as many calls of the U-Net, of as many images and in one type; a step that moves the weights.
+
+    Ours and the tuned one have the same memory layout and a fused optimizer, the documented ones neither.
+    """
     case, outputs, calls, built = compare_diffusers.Case(row, "tiny", dtype), [], [], []
+    fused, adamw, training = [], torch.optim.AdamW, row in ("train", "pictures")
+    monkeypatch.setattr(
+        "torch.optim.AdamW", lambda *a, **how: fused.append(how.get("fused", False)) or adamw(*a, **how)
+    )
     monkeypatch.setattr(compare_diffusers, "STEPS", 3)
     build = compare_diffusers.build
     monkeypatch.setattr(compare_diffusers, "build", lambda *args: built.append(build(*args)) or built[-1])
@@ -114,13 +121,24 @@ def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatc
         work = compare_diffusers.work_of(case, side)
         torch.manual_seed(1)
         weights, count = built[-1].unet and built[-1].unet.conv_in.weight.detach().clone(), []
-        hook = built[-1].unet and built[-1].unet.register_forward_hook(lambda *_, count=count: count.append(1))
+        hook = built[-1].unet and built[-1].unet.conv_in.register_forward_hook(
+            lambda _, inputs, out, count=count: count.append((len(inputs[0]), out.dtype))
+        )
+        if hook:
+            channels_last = weights.is_contiguous(memory_format=torch.channels_last)
+            assert channels_last == (side in ("ours", "tuned") and not training)
         outputs.append(work())
         calls.append(len(count))
         if hook:
             hook.remove()
+            precision = torch.float32 if side.endswith("float32") else case.torch_dtype
+            assert set(count) == {(2, precision)}  # a guidance batch, or the tiny model's batch
             unpack(built[-1].unet)
-            assert torch.equal(built[-1].unet.conv_in.weight, weights) == (row not in ("train", "pictures"))
+            assert torch.equal(built[-1].unet.conv_in.weight, weights) == (not training)
+        if built[-1].vae:
+            convolution = built[-1].vae.encoder.conv_in.weight
+            assert convolution.is_contiguous(memory_format=torch.channels_last) == (side in ("ours", "tuned"))
+    assert fused == ([True, False, True, False][: len(case.sides())] if training else [])
     assert set(calls) == {{"unet": 1, "train": 1, "pictures": 1, "sampling": 3}.get(row, 0)}
     if row in ("unet", "vae_decode"):
         ours, *theirs = outputs[0], *(output.sample for output in outputs[1:])
@@ -131,6 +149,11 @@ def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatc
     tolerance = 2e-5 if dtype == "float32" else 0.06
     for output in theirs:
         assert ((ours - output).norm() / ours.norm()).item() < tolerance
+
+
+def test_both_have_one_noise_schedule() -> None:
+    theirs = compare_diffusers.DDPMScheduler(**compare_diffusers.BETAS)
+    torch.testing.assert_close(theirs.alphas_cumprod, NoiseSchedule().alphas_cumprod)
 
 
 def test_memory_is_that_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
