@@ -279,6 +279,7 @@ class Run:
             self.ema.module.load_state_dict(state["ema"])
             load_optimizer(self.optimizer, state["optimizer"])
             folder.resume(options, state["step"], COLUMNS, [SCORES[0]] if "validation" in state["undone"] else [])
+            self.write_results()  # a kill may have come before they were written
         self.reporter.start_wandb("stable-diffusion-clip")
         print(
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens, "
@@ -357,13 +358,14 @@ class Run:
         parts = {"model": self.model, "ema": self.ema.module, "optimizer": self.optimizer}
         state = self.reporter.state() | {name: part.state_dict() for name, part in parts.items()}
         state["tokenizer"] = tokenizer_parts(self.tokenizer)
-        folder.save_checkpoint(state, self.options.keep_checkpoints, is_best, self.write_results)
+        folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
+        self.write_results()
         folder.plot({"loss": "training loss"}, "loss (nats)", log_scale=True)
         labels = ("image → caption", "caption → image")
         folder.plot(dict(zip(SCORES, labels, strict=True)), "held-out R@1", "retrieval.png")
         self.reporter.saved()
 
-    def write_results(self, _is_best: bool) -> None:
+    def write_results(self) -> None:
         averaged = copy.deepcopy(self.ema.module).cpu()
         self.folder.write_folder("clip", lambda path: save_clip(averaged, self.tokenizer, path))
 

@@ -260,6 +260,7 @@ class Run:
             else:
                 undone = list(self.VALIDATION) if "validation" in state["undone"] else []
                 folder.resume(options, state["step"], self.COLUMNS, undone)
+                self.write_results(state.get("is_best", False))  # a kill may have come before they were written
             self.reporter.start_wandb("stable-diffusion-from-scratch")
             print(self.summary(), flush=True)
 
@@ -342,7 +343,8 @@ class Run:
         state = {name: low_rank.trained_state(network, self.trained) for name, network in networks.items()}
         state |= self.reporter.state() | {"optimizer": self.optimizer.state_dict(), "base": self.base}
         if self.folder is not None:
-            self.folder.save_checkpoint(state, self.options.keep_checkpoints, is_best, self.write_results)
+            self.folder.save_checkpoint(state | {"is_best": is_best}, self.options.keep_checkpoints, is_best)
+            self.write_results(is_best)
             part = self.model.schedule.num_timesteps // BINS
             tenths = {name: f"held out, t = {i * part}…{(i + 1) * part - 1}" for i, name in enumerate(self.TENTHS)}
             curves = {"loss": "training (weighted)", "validation_loss": "held out"}

@@ -248,6 +248,7 @@ class Run:
                 is_optimizer = isinstance(part, torch.optim.Optimizer)
                 load_optimizer(part, state[name]) if is_optimizer else part.load_state_dict(state[name])
             folder.resume(options, state["step"], COLUMNS, ["psnr"] if "validation" in state["undone"] else [])
+            self.write_results()  # a kill may have come before they were written
         self.reporter.start_wandb("stable-diffusion-vae")
         print(
             f"{sum(p.numel() for p in self.vae.parameters()) / 1e6:.1f} M parameters, {len(self.sets.images)} images, "
@@ -323,12 +324,13 @@ class Run:
         """A checkpoint; vae_model.pth with the averaged weights and standardised latents; plots."""
         folder = self.folder
         state = self.reporter.state() | {name: getattr(self, name).state_dict() for name in self.PARTS}
-        folder.save_checkpoint(state, self.options.keep_checkpoints, is_best, self.write_results)
+        folder.save_checkpoint(state, self.options.keep_checkpoints, is_best)
+        self.write_results()
         folder.plot({"psnr": "held-out PSNR (dB)"}, "PSNR (dB)", "psnr.png")
         folder.plot({"loss": "training loss"}, "loss", log_scale=True)
         self.reporter.saved()
 
-    def write_results(self, _is_best: bool) -> None:
+    def write_results(self) -> None:
         generator = generator_for(self.device, self.options.seed, "standardise")
         vae = standardised(self.ema, self.sets.standardising_sample(), generator)
         with atomically(self.folder.path / "vae_model.pth") as temporary:

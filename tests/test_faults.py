@@ -183,6 +183,7 @@ FAULTS = [
     Fault("float32 under autocast", "sampling/packed.py", 'or torch.is_autocast_enabled("cpu")', "", "test_packed.py::test_shared_weights_other_dtypes_autocast_and_compiled_networks_are_left_alone"),
     Fault("empty weights saved in a callback", "sampling/packed.py", "_as_it_was(self)._save_to_state_dict(", "super()._save_to_state_dict(", "test_packed.py::test_within_a_callback_the_network_is_what_it_is_elsewhere"),
     Fault("the forecast counts the average, which is not trained", "train_stable_diffusion.py", "forecast_run(self.options, self.unet,", "forecast_run(self.options, self.model.unet,", "test_train_lora.py::test_the_forecast_counts_what_is_trained"),
+    Fault("results of the last checkpoint lost by a kill", UNET, "self.write_results(state.get(\"is_best\", False))", "pass", "test_interruptions.py::test_killed_and_resumed[model-4]"),
     Fault("--lora_layers ignored", "training/low_rank.py", "lora.targets(unet, options.lora_layers)", "lora.targets(unet)", "test_train_lora.py::test_the_forecast_counts_what_is_trained"),
     Fault("the text encoder's alpha read from the U-Net's", "published/lora_files.py", 'config.get(f"{network}.lora_alpha", rank)', 'config.get("unet.lora_alpha", rank)', "test_lora.py::test_each_network_has_its_own_alpha"),
     Fault("every LoRA called lora", "published/lora_files.py", "folder.parent.name + of_a_run[folder.name] if folder.name in of_a_run else folder.name", "folder.name", "test_lora.py::test_a_lora_is_called_by_what_says_most"),

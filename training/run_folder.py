@@ -278,13 +278,9 @@ class RunFolder:
     # Checkpoints
     # ------------------------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(
-        self, state: dict, keep: int, is_best: bool = False, write_results: Callable[[bool], None] | None = None
-    ) -> None:
+    def save_checkpoint(self, state: dict, keep: int, is_best: bool = False) -> None:
         """Writes a checkpoint and removes all but the last `keep`; the best one so far is kept as checkpoints/best.pt.
 
-        `write_results(is_best)` is called before the checkpoint is there: if it fails or is killed, a resumed run comes
-        to this step again, while after the last checkpoint nothing would write them any more.
         UserError if the disk has no room for it, DivergedError if a tensor is not finite: earlier ones are untouched.
         """
         tensors = _tensors(state)
@@ -294,8 +290,6 @@ class RunFolder:
                 f"step {state['step']}: NaN or infinity in the weights, which are not saved: --resume from the last "
                 "checkpoint with a lower --learning_rate, or with --precision float32."
             )
-        if write_results:
-            write_results(is_best)
         path = self.path / "checkpoints" / f"step_{state['step']:08d}.pt"
         needed, free = sum(t.nbytes for t in tensors), shutil.disk_usage(self.path).free
         with atomically(path) as temporary:
