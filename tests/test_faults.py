@@ -45,6 +45,7 @@ FAULTS = [
     Fault("caption dropout off", UNET, "< options.caption_dropout", "< 0", BATCH),
     Fault("half of the timesteps", "noise_schedule.py", "(evenly * T).long()", "(evenly * T / 2).long()", BATCH),
     Fault("the same noise in every step", UNET, 'options.seed, "step", step)', 'options.seed, "step", 0)', BATCH),
+    Fault("the same noise from every seed", UNET, 'options.seed, "step", step)', '0, "step", step)', BATCH),
     Fault("noise offset ignored", UNET, "noise + options.noise_offset * shift", "noise", BATCH),
     Fault("processes see the same slice", UNET, "slice(processes.rank * N // processes.count,", "slice(0 * N // processes.count,", "test_training.py::test_processes_take_slices_of_one_batch"),
     Fault("images drawn with replacement", REPRODUCIBLE, "positions[epochs == e] % count", "positions[epochs == e] // 2 % count", "test_training.py::test_every_image_once_an_epoch"),

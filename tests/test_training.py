@@ -405,6 +405,11 @@ def test_a_batch_has_mirrors_dropped_captions_posterior_noise_scale_and_all_time
     assert batch.t.min() < 10 and batch.t.max() > 989 and abs(batch.t.float().mean() - 499.5) < 20
     again = script.draw_batch(data, torch.arange(4096), model, options, 1, Processes(0, 1, CPU))
     assert not torch.equal(again.noise, batch.noise) and not torch.equal(again.t, batch.t)
+    another_seed = dataclasses.replace(options, seed=1)
+    other = script.draw_batch(data, torch.arange(4096), model, another_seed, 0, Processes(0, 1, CPU))
+    assert not torch.equal(other.noise, batch.noise) and not torch.equal(other.t, batch.t)
+    channels = torch.corrcoef(batch.noise.transpose(0, 1).flatten(1))  # (4, 4)
+    assert (channels - torch.eye(4)).abs().max() < 0.02
     upright = script.draw_batch(
         data, torch.arange(4096), model, dataclasses.replace(options, mirror=False), 0, Processes(0, 1, CPU)
     )
