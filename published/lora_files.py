@@ -25,7 +25,8 @@ from lora import adapted, add_to
 from published.ldm_layout import unet_to_ldm
 from published.weight_files import choose_weight_files, locate, read_checkpoint, read_json, write_safetensors
 
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
+STEMS = ("pytorch_lora_weights", "adapter_model")  # diffusers' name for it, and peft's
+FILE = f"{STEMS[0]}.safetensors"
 NETWORKS = {"unet": "U-Net", "text_encoder": "text encoder"}
 PREFIXES = {
     "unet.": "unet", "lora_unet_": "unet", "base_model.model.": "unet",
@@ -63,7 +64,7 @@ def lora_file(path_or_hub_id: str | os.PathLike) -> tuple[Path, str]:
 
 def _file_in(path: Path) -> Path:
     names = [file.name for file in path.iterdir()]
-    for stem in (FILE.removesuffix(".safetensors"), "adapter_model"):
+    for stem in STEMS:
         if chosen := choose_weight_files(names, stem):
             return path / chosen[0]
     found = sorted(name for name in names if name.endswith(".safetensors"))
@@ -77,7 +78,7 @@ def _name_of(path_or_hub_id: str | os.PathLike, file: Path) -> str:
     """What to call a LoRA: its run's folder, its hub id, its folder or its file, whichever says most."""
     if not Path(path_or_hub_id).expanduser().exists():
         name = str(path_or_hub_id)
-    elif file.stem.partition(".")[0] not in (FILE.removesuffix(".safetensors"), "adapter_model"):
+    elif file.stem.partition(".")[0] not in STEMS:
         name = file.stem
     else:
         folder = Path(os.path.abspath(file)).parent

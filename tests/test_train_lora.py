@@ -116,23 +116,19 @@ def test_the_forecast_counts_what_is_trained(base: Path, tmp_path: Path, monkeyp
     assert "--ema_decay 0" in plans[0].remedies
 
 
-@pytest.mark.parametrize("name", ["checkpointing", "layers", "alpha"])
-def test_options_of_a_lora_reach_it_and_stay(base: Path, tmp_path: Path, name: str) -> None:
-    if name == "checkpointing":
-        seen = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                script,
-                "train_step",
-                lambda unet, *rest: seen.append(unet.gradient_checkpointing) or (torch.ones(()), torch.ones(())),
-            )
-            for wanted in ("yes", "no"):
-                train(base, tmp_path / wanted, "--gradient_checkpointing", wanted, "--max_steps", "1")
-        assert seen == [True, False]
-        return
+@pytest.mark.parametrize("wanted", ["yes", "no"])
+def test_gradient_checkpointing_reaches_the_network(base: Path, tmp_path: Path, wanted: str, monkeypatch) -> None:
+    seen = []
+    unit = torch.ones(())  # what a step says of loss and gradient
+    monkeypatch.setattr(script, "train_step", lambda unet, *_: seen.append(unet.gradient_checkpointing) or (unit, unit))
+    train(base, tmp_path / "run", "--gradient_checkpointing", wanted, "--max_steps", "1")
+    assert seen == [wanted == "yes"]
+
+
+@pytest.mark.parametrize("other", [["--lora_layers", "all"], ["--lora_alpha", "3"]], ids=["layers", "alpha"])
+def test_what_a_lora_is_stays(base: Path, tmp_path: Path, other: list[str]) -> None:
     train(base, tmp_path / "run", "--max_steps", "3")
-    other = {"layers": ["--lora_layers", "all"], "alpha": ["--lora_alpha", "3"]}[name]
-    with pytest.raises(UserError, match=f"--lora_{name} .*a resumed run may change only"):
+    with pytest.raises(UserError, match=f"{other[0]} .*a resumed run may change only"):
         script.main(["--preset", "lora", "--output_dir", str(tmp_path / "run"), "--resume", "--max_steps", "6", *other])
 
 

@@ -117,7 +117,7 @@ def _captions_of_texts(folder: str, images: list[str], files: list[str], caption
         raise UserError(
             f"--dataset {folder}: {len(without)} of {len(images)} images have no caption ({shown}): put a .txt beside "
             "each, or write a metadata.jsonl with file_name and text for every image"
-            + ("." if texts else "; or give all of them one, with --caption.")
+            + ("." if texts else "; train_stable_diffusion.py gives all of them one, with --caption.")
         )
     return {path: " ".join(_read_text(text).split()) for path, text in texts.items()}
 

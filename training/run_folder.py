@@ -63,8 +63,8 @@ def atomically(path: Path) -> Iterator[Path]:
         _flush(path.parent)
         _remove(old)
     except Exception as error:
-        number = getattr(error, "errno", None) or re.search(r"os error (\d+)", str(error))  # as safetensors says it
-        if (int(number[1]) if isinstance(number, re.Match) else number) in (errno.ENOSPC, errno.EDQUOT):
+        told = re.search(r"os error (\d+)", str(error))  # safetensors' own errors have no errno
+        if (int(told[1]) if told else getattr(error, "errno", None)) in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{path}: the disk is full; what was there before is untouched: make room and go on with --resume."
             ) from error
