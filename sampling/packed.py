@@ -1,8 +1,9 @@
-"""The U-Net on a CPU: convolutions bring their weights into the order of oneDNN once, and not in each step.
+"""The U-Net on a CPU: layers bring their weights into the order of oneDNN once, and not in each step.
 
-PyTorch's convolutions take weights as files have them, and oneDNN multiplies blocks of them; so every call begins with
-a copy of the weights in another order. For one image, at 64×64 latents and below, that is a tenth of a step. The result
-is the same up to the order of sums; with several threads, and two latents at once as guidance has them, bit for bit.
+PyTorch's convolutions and linear layers take weights as files have them, and oneDNN multiplies blocks of them; so every
+call begins with a copy of the weights in another order. For one image, at 64×64 latents and below, that is a tenth of a
+step. The result is the same up to the order of sums; in bfloat16, or in convolutions with several threads and two
+latents at once, as guidance has them, bit for bit.
 """
 
 import contextlib
@@ -16,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_model import UNet
-from lora import LoRAConv2d
+from lora import PLAIN, LoRAConv2d, LoRALinear
 
 FROM_STEPS = 8  # for fewer, ordering takes longer than it saves
+LINEAR_FROM = 2**16  # numbers in a weight; smaller ones are products of MKL in float32, which are as fast or faster
 ONE_AT_A_TIME = threading.RLock()  # a model may sample in several threads
 SAMPLINGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of each U-Net, those that are under way
-PYTORCHS_OWN = nn.Conv2d.forward, nn.Conv2d._conv_forward  # others may be put in their place
+PYTORCHS_OWN = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Linear.forward  # others may be put in their place
 
 
-class PackedConv2d(nn.Conv2d):
-    """A convolution that orders its weight anew when it first computes, and has its parameter empty from then on.
+class Packed(nn.Module):
+    """A layer that orders its weight anew when it first computes, and has its parameter empty from then on.
 
     Whoever wants more of it than its output (its state, a copy, another dtype, gradients) gets the layer as it was.
     """
@@ -33,17 +35,17 @@ class PackedConv2d(nn.Conv2d):
     packed: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        how = self.padding, self.stride, self.dilation, self.groups
         with ONE_AT_A_TIME:
-            if type(self) is not PackedConv2d or torch.is_grad_enabled():
+            kind = type(self)
+            if not issubclass(kind, Packed) or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
                 return _as_it_was(self).forward(x)
             if self.packed is None:
                 with torch.inference_mode(False):
                     weight = self.weight.data
-                    self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape)
+                    self.packed = kind.ordered(self, weight, x)
                     self.weight.data = weight.new_empty(0)  # so that it takes no more memory
             packed = self.packed
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, self.bias, *how, "none", [], "")
+        return kind.output(self, x, packed)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         return _as_it_was(self)._apply(*args, **kwargs)
@@ -56,6 +58,27 @@ class PackedConv2d(nn.Conv2d):
 
     def __reduce_ex__(self, protocol: int) -> tuple:  # copies and pickles
         return _as_it_was(self).__reduce_ex__(protocol)
+
+
+class PackedConv2d(Packed, nn.Conv2d):
+    def ordered(self, weight: Tensor, x: Tensor) -> Tensor:
+        how = self.padding, self.stride, self.dilation, self.groups
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape)
+
+    def output(self, x: Tensor, packed: Tensor) -> Tensor:
+        how = self.padding, self.stride, self.dilation, self.groups
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, self.bias, *how, "none", [], "")
+
+
+class PackedLinear(Packed, nn.Linear):
+    def ordered(self, weight: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // self.in_features)
+
+    def output(self, x: Tensor, packed: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+
+
+PACKED = {nn.Conv2d: PackedConv2d, LoRAConv2d: PackedConv2d, nn.Linear: PackedLinear, LoRALinear: PackedLinear}
 
 
 class _Sampling:
@@ -85,33 +108,41 @@ def packed(unet: UNet, steps: int) -> Iterator[None]:
 
 
 def pack(unet: UNet) -> None:
-    """From now on, convolutions order their weights once, until `unpack`.
+    """From now on, layers order their weights once, until `unpack`.
 
     It changes nothing on other devices, for dtypes that the CPU has no kernels for, under autocast, where the U-Net is
     compiled, and for layers that compute otherwise than PyTorch's own.
     """
-    layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
+    layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     if (
         type(unet) is not UNet
         or torch.is_autocast_enabled("cpu")
         or any(module._compiled_call_impl is not None for module in unet.modules())
-        or PYTORCHS_OWN != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+        or PYTORCHS_OWN != (nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Linear.forward)
     ):
         return
     users, dtypes = Counter(id(layer.weight) for layer in layers), _dtypes_of_onednn()
     for layer in layers:
-        weight, merged = layer.weight, type(layer) is LoRAConv2d and layer.unmerged  # its changes are in its weight
+        weight, merged = layer.weight, bool(getattr(layer, "unmerged", ()))  # its changes are in its weight
         if (
-            (type(layer) is nn.Conv2d or merged)
+            type(layer) in PACKED
+            and (type(layer) not in PLAIN or merged)
             and weight.device.type == "cpu"
             and weight.dtype in dtypes
             and users[id(weight)] == 1
-            and layer.padding_mode == "zeros"
-            and not isinstance(layer.padding, str)
             and not {"forward", "_conv_forward"} & vars(layer).keys()
+            and (_pads_with_zeros(layer) if isinstance(layer, nn.Conv2d) else _is_worth_it(weight))
         ):
             layer.packed, layer.plain, layer.strides = None, type(layer), weight.stride()
-            layer.__class__ = PackedConv2d
+            layer.__class__ = PACKED[type(layer)]
+
+
+def _pads_with_zeros(layer: nn.Conv2d) -> bool:
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _is_worth_it(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 or weight.numel() >= LINEAR_FROM
 
 
 def _dtypes_of_onednn() -> set[torch.dtype]:
@@ -121,14 +152,14 @@ def _dtypes_of_onednn() -> set[torch.dtype]:
 
 
 def unpack(unet: nn.Module) -> None:
-    """Every convolution as it was, bit for bit, and in the memory layout that it had; a sampling goes on with these."""
+    """Every layer as it was, bit for bit, and in the memory layout that it had; a sampling goes on with these."""
     for layer in unet.modules():
         _as_it_was(layer)
 
 
 def _as_it_was(layer: nn.Module) -> nn.Module:
     with ONE_AT_A_TIME, torch.inference_mode(False):
-        if type(layer) is PackedConv2d:
+        if isinstance(layer, Packed):
             if layer.packed is not None:
                 plain = layer.packed.to_dense()
                 layer.weight.data = plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)

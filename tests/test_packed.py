@@ -11,11 +11,12 @@ from tiny import tiny_model
 from torch import nn
 
 import sampling.packed
-from lora import LoRAConv2d, add, merge, remove, set_scale
+from lora import LoRAConv2d, LoRALinear, add, merge, remove, set_scale
 from published.lora_files import write_lora
-from sampling.packed import PackedConv2d, packed
+from sampling.packed import Packed, PackedConv2d, PackedLinear, packed
 from stable_diffusion_model import StableDiffusion
 
+EXACTLY = {"rtol": 0, "atol": 0}
 HOW = {"steps": 3, "height": 64, "width": 72, "progress": False}
 
 
@@ -24,10 +25,13 @@ def _from_the_first_step(monkeypatch):
     monkeypatch.setattr("sampling.packed.FROM_STEPS", 1)
 
 
-@pytest.fixture
-def model() -> StableDiffusion:
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def model(request) -> StableDiffusion:
+    """In float32 its linear layers are too small to be packed, in bfloat16 all of them are."""
+    if request.param not in sampling.packed._dtypes_of_onednn():
+        pytest.skip("this CPU has no kernels for bfloat16")
     torch.manual_seed(0)
-    return tiny_model()
+    return tiny_model().to("cpu", request.param)
 
 
 def image(model: StableDiffusion, **options) -> bytes:
@@ -46,21 +50,23 @@ def test_an_image_is_the_same_bit_for_bit_without(model, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_the_unet_is_as_it_was_afterwards_and_within_no_weight_is_held_twice(model, layout):
+def test_the_unet_is_as_it_was_afterwards_and_within_no_weight_is_held_twice(model, layout, monkeypatch):
     unet = model.unet.to(memory_format=layout)
     before, weights = state(unet), copy.deepcopy(unet.state_dict())
-    x, context = torch.randn(2, 4, 8, 9), torch.randn(2, 77, unet.config.context_dim)
+    monkeypatch.setattr("sampling.packed.LINEAR_FROM", 1)
+    x, context = (torch.randn(2, *shape).to(model.dtype) for shape in ((4, 8, 9), (77, unet.config.context_dim)))
     with torch.no_grad():
         plain = unet(x, torch.tensor([5, 500]), context)
         with packed(unet, 9):
             again = unet(x, torch.tensor([5, 500]), context)
-            layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
-            assert layers and all(type(layer) is PackedConv2d and layer.weight.numel() == 0 for layer in layers)
+            layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+            assert {type(layer) for layer in layers} == {PackedConv2d, PackedLinear}
+            assert all(layer.weight.numel() == 0 for layer in layers)
         last = unet(x, torch.tensor([5, 500]), context)
-    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again, plain, **({"rtol": 1e-5, "atol": 1e-6} if x.dtype == torch.float32 else EXACTLY))
     assert torch.equal(last, plain) and state(unet) == before
     assert all(torch.equal(weights[name], value) for name, value in unet.state_dict().items())
-    assert not any(isinstance(layer, PackedConv2d) for layer in unet.modules())
+    assert not any(isinstance(layer, Packed) for layer in unet.modules())
 
 
 def test_an_error_or_an_interrupt_within_loses_nothing(model):
@@ -80,7 +86,7 @@ def test_what_one_sampling_left_packed_the_next_one_mends(model, monkeypatch):
     with monkeypatch.context() as interrupted_twice:
         interrupted_twice.setattr("sampling.packed.unpack", lambda unet: None)
         image(model)
-    assert any(isinstance(layer, PackedConv2d) for layer in model.unet.modules())
+    assert any(isinstance(layer, Packed) for layer in model.unet.modules())
     assert image(model) == expected and state(model.unet) == before
 
 
@@ -101,24 +107,25 @@ def test_several_threads_may_sample_from_one_model(model):
 def test_layers_with_low_rank_changes_compute_as_ever(model):
     name = next(name for name, layer in model.unet.named_modules() if name.endswith("conv1"))
     (change,) = add(model.unet, [name], rank=2, alpha=2.0)
-    nn.init.normal_(change.up.weight)
+    nn.init.normal_(change.to(model.dtype).up.weight)
     with torch.no_grad(), packed(model.unet, 9):
         assert model.unet.get_submodule(name).weight.numel()
         changed = image(model)
     assert changed == image(model)
 
 
-def test_changes_that_are_merged_are_packed_with_their_layer(model):
+def test_changes_that_are_merged_are_packed_with_their_layer(model, monkeypatch):
     """So that at scale 0 the same kernels run as without."""
+    monkeypatch.setattr("sampling.packed.LINEAR_FROM", 1)
     base = image(model)
-    names = [name for name, layer in model.unet.named_modules() if name.endswith("conv1")]
+    names = [name for name, layer in model.unet.named_modules() if name.endswith(("conv1", "to_q"))]
     for change in add(model.unet, names, rank=2, alpha=2.0):
-        nn.init.normal_(change.up.weight)
+        nn.init.normal_(change.to(model.dtype).up.weight)
     changed = image(model)
     merge(model.unet)
     with torch.no_grad(), packed(model.unet, 9):
-        assert {type(model.unet.get_submodule(name)) for name in names} == {PackedConv2d}
-    assert changed != base and {type(model.unet.get_submodule(name)) for name in names} == {LoRAConv2d}
+        assert {type(model.unet.get_submodule(name)) for name in names} == {PackedConv2d, PackedLinear}
+    assert changed != base and {type(model.unet.get_submodule(name)) for name in names} == {LoRAConv2d, LoRALinear}
     set_scale(model.unet, "default", 0.0)
     assert image(model) == base
 
@@ -139,7 +146,10 @@ def test_a_callback_may_change_and_save_the_model_between_steps(model, tmp_path,
             model.save_pretrained(tmp_path / "model")
 
     plain = image(model)
-    changed, saved = image(model, callback=change_it), StableDiffusion.from_pretrained(tmp_path / "model", "cpu")
+    changed, saved = (
+        image(model, callback=change_it),
+        StableDiffusion.from_pretrained(tmp_path / "model", "cpu", model.dtype),
+    )
     monkeypatch.setattr("sampling.packed._dtypes_of_onednn", set)
     assert image(model, callback=change_it) == changed != plain == image(model)
     remove(model.unet)
@@ -157,12 +167,21 @@ def test_a_callback_may_load_another_lora_or_another_precision(model, tmp_path):
     assert len(model.loras) == HOW["steps"]
     remove(model.unet)
     image(model, callback=lambda step, *_: model.to("cpu", torch.float64) and None, steps=1)
-    assert model.dtype == torch.float64 and not any(isinstance(layer, PackedConv2d) for layer in model.unet.modules())
+    assert model.dtype == torch.float64 and not any(isinstance(layer, Packed) for layer in model.unet.modules())
     assert [value[1] for value in state(model.unet).values()] == [value[1] for value in before.values()]
 
 
+def trained(unet: nn.Module) -> None:
+    x, context = (torch.randn(1, *shape).to(unet.conv_in.weight.dtype) for shape in ((4, 8, 8), (77, 32)))
+    unet(x, torch.tensor([5]), context).sum().backward()
+
+
 def packed_layers(unet: nn.Module) -> list[nn.Module]:
-    return [layer for layer in unet.modules() if isinstance(layer, PackedConv2d)]
+    return [layer for layer in unet.modules() if isinstance(layer, Packed)]
+
+
+def packed_convolutions(unet: nn.Module) -> list[nn.Module]:
+    return [layer for layer in packed_layers(unet) if isinstance(layer, nn.Conv2d)]
 
 
 def test_layers_that_compute_otherwise_are_left_alone(model, monkeypatch):
@@ -174,7 +193,7 @@ def test_layers_that_compute_otherwise_are_left_alone(model, monkeypatch):
     one = next(layer for layer in model.unet.modules() if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
     one.padding_mode = "zeros"
     with packed(model.unet, 9):
-        assert packed_layers(model.unet) == [one]
+        assert packed_convolutions(model.unet) == [one]
     for layer in model.unet.modules():
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
             layer.padding_mode = "zeros"
@@ -184,8 +203,12 @@ def test_layers_that_compute_otherwise_are_left_alone(model, monkeypatch):
         assert image(model) == tiled != plain
     one.forward = lambda x: nn.Conv2d.forward(one, x)
     with packed(model.unet, 9):
-        assert one not in packed_layers(model.unet) != []
+        assert one not in packed_convolutions(model.unet) != []
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: 0 * nn.functional.conv2d(x, w, b))
+    with packed(model.unet, 9):
+        assert packed_layers(model.unet) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 0 * nn.functional.linear(x, self.weight, self.bias))
     with packed(model.unet, 9):
         assert packed_layers(model.unet) == []
 
@@ -200,10 +223,21 @@ def test_shared_weights_other_dtypes_autocast_and_compiled_networks_are_left_alo
     shared[0].weight = shared[1].weight
     model.unet.conv_out.double()
     with packed(model.unet, 9):
-        assert set(convolutions) - set(packed_layers(model.unet)) == {*shared[:2], model.unet.conv_out}
+        assert set(convolutions) - set(packed_convolutions(model.unet)) == {*shared[:2], model.unet.conv_out}
     model.unet.mid_block.compile()
     with packed(model.unet, 9):
         assert packed_layers(model.unet) == []
+
+
+def test_small_linear_layers_are_left_to_mkl_in_float32(model, monkeypatch):
+    unet = model.to("cpu", torch.float32).unet
+    with packed(unet, 9):
+        assert packed_layers(unet) == packed_convolutions(unet)
+    sizes = {layer: layer.weight.numel() for layer in unet.modules() if isinstance(layer, nn.Linear)}
+    monkeypatch.setattr("sampling.packed.LINEAR_FROM", max(sizes.values()))
+    with packed(unet, 9):
+        large = {layer for layer, size in sizes.items() if size == max(sizes.values())}
+        assert {*packed_layers(unet)} - {*packed_convolutions(unet)} == large
 
 
 def test_few_steps_are_not_worth_it(model, monkeypatch):
@@ -217,6 +251,7 @@ def test_few_steps_are_not_worth_it(model, monkeypatch):
 def test_an_interrupt_at_any_line_is_mended_by_the_next_sampling(model):
     """At each line of the module in turn; what it leaves packed gives its state to whoever asks for it, even before."""
     expected, before, weights = image(model), state(model.unet), copy.deepcopy(model.unet.state_dict())
+    x, context = (torch.randn(2, *shape).to(model.dtype) for shape in ((4, 8, 9), (77, 32)))
     moments, struck = 0, -1
 
     def at_line(frame, event, _):
@@ -233,7 +268,7 @@ def test_an_interrupt_at_any_line_is_mended_by_the_next_sampling(model):
         sys.settrace(at_line)
         try:
             with torch.no_grad(), packed(model.unet, 9):
-                model.unet(torch.randn(2, 4, 8, 9), torch.tensor([5, 500]), torch.randn(2, 77, 32))
+                model.unet(x, torch.tensor([5, 500]), context)
         finally:
             sys.settrace(None)
 
@@ -263,7 +298,7 @@ def test_within_a_callback_the_network_is_what_it_is_elsewhere(model):
             seen.append(pickle.loads(pickle.dumps(model.unet)).state_dict())
         else:
             with torch.enable_grad():
-                model.unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 77, 32)).sum().backward()
+                trained(model.unet)
             seen.append({name: p.grad for name, p in model.unet.named_parameters() if p.grad is None})
             model.unet.load_state_dict(weights)
 
@@ -276,11 +311,18 @@ def test_within_a_callback_the_network_is_what_it_is_elsewhere(model):
 def test_it_can_be_trained_after_it_sampled_in_inference_mode(model):
     with torch.inference_mode():
         image(model)
-    model.unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 77, 32)).sum().backward()
+    trained(model.unet)
     assert all(p.grad is not None for p in model.unet.parameters())
+
+
+def test_an_input_of_another_dtype_is_refused_as_ever(model):
+    for layer in (model.unet.conv_in, model.unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2]):
+        x = torch.randn(1, 4, 8, 8) if isinstance(layer, nn.Conv2d) else torch.randn(1, 9, layer.in_features)
+        with torch.no_grad(), packed(model.unet, 9), pytest.raises(RuntimeError, match=r"dtype|type"):
+            layer(x.double())
 
 
 def test_other_dtypes_and_devices_are_left_alone(model):
     for unet in (copy.deepcopy(model.unet).double(), copy.deepcopy(model.unet).to("meta")):
         with packed(unet, 9):
-            assert not any(isinstance(layer, PackedConv2d) for layer in unet.modules())
+            assert not any(isinstance(layer, Packed) for layer in unet.modules())
