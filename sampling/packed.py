@@ -7,6 +7,8 @@ latents at once, as guidance has them, bit for bit.
 """
 
 import contextlib
+import ctypes
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -153,8 +155,17 @@ def _dtypes_of_onednn() -> set[torch.dtype]:
 
 def unpack(unet: nn.Module) -> None:
     """Every layer as it was, bit for bit, and in the memory layout that it had; a sampling goes on with these."""
-    for layer in unet.modules():
+    layers = [layer for layer in unet.modules() if isinstance(layer, Packed)]
+    for layer in layers:
         _as_it_was(layer)
+    if layers:
+        _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """What the packed weights took, for the C library would keep it, in pieces that a VAE finds too small."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # glibc has it
+        library.malloc_trim(0)
 
 
 def _as_it_was(layer: nn.Module) -> nn.Module:

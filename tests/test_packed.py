@@ -248,6 +248,19 @@ def test_few_steps_are_not_worth_it(model, monkeypatch):
         assert packed_layers(model.unet) != []
 
 
+def test_memory_is_given_back_where_something_was_packed(model, monkeypatch):
+    """Else a sampling of the `pokemon` model in float32 peaked 12 % higher, when its VAE decodes."""
+    given_back = []
+    monkeypatch.setattr("sampling.packed._give_memory_back", lambda: given_back.append(packed_layers(model.unet)))
+    image(model)
+    assert given_back == [[]]
+    monkeypatch.setattr("sampling.packed.FROM_STEPS", 9)
+    image(model)
+    assert given_back == [[]]
+    monkeypatch.undo()
+    sampling.packed._give_memory_back()
+
+
 def test_an_interrupt_at_any_line_is_mended_by_the_next_sampling(model):
     """At each line of the module in turn; what it leaves packed gives its state to whoever asks for it, even before."""
     expected, before, weights = image(model), state(model.unet), copy.deepcopy(model.unet.state_dict())
