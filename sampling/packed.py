@@ -16,22 +16,31 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_model import UNet
 from lora import PLAIN, LoRAConv2d, LoRALinear
 
-FROM_STEPS = 8  # for fewer, ordering takes longer than it saves
+FROM_CALLS = 8  # for fewer, ordering takes longer than it saves
 LINEAR_FROM = 2**16  # numbers in a weight; smaller ones are products of MKL in float32, which are as fast or faster
 ONE_AT_A_TIME = threading.RLock()  # a model may sample in several threads
 SAMPLINGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of each U-Net, those that are under way
-PYTORCHS_OWN = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Linear.forward  # others may be put in their place
+THIS_THREAD = threading.local()  # `packed`: it samples, and long enough
+
+
+def _pytorchs_own() -> tuple:
+    return nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Linear.forward, F.conv2d, F.linear
+
+
+PYTORCHS_OWN = _pytorchs_own()  # others may be put in their place
 
 
 class Packed(nn.Module):
     """A layer that orders its weight anew when it first computes, and has its parameter empty from then on.
 
-    Whoever wants more of it than its output (its state, a copy, another dtype, gradients) gets the layer as it was.
+    Other threads compute with the weight as it was. Whoever wants more than the output (the layer's state, a copy,
+    another dtype, gradients) gets the layer as it was.
     """
 
     packed: Tensor | None
@@ -39,15 +48,16 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with ONE_AT_A_TIME:
             kind = type(self)
-            if not issubclass(kind, Packed) or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
-                return _as_it_was(self).forward(x)
-            if self.packed is None:
+            if not issubclass(kind, Packed) or torch.is_grad_enabled():
+                return type(_as_it_was(self)).forward(self, x)
+            here = getattr(THIS_THREAD, "packed", False) and not torch.is_autocast_enabled("cpu")
+            if here and self.packed is None and x.dtype == self.weight.dtype:
                 with torch.inference_mode(False):
                     weight = self.weight.data
                     self.packed = kind.ordered(self, weight, x)
                     self.weight.data = weight.new_empty(0)  # so that it takes no more memory
-            packed = self.packed
-        return kind.output(self, x, packed)
+            weight = self.packed if here and x.dtype == self.weight.dtype else _plain_weight(self)
+        return kind.output(self, x, weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         return _as_it_was(self)._apply(*args, **kwargs)
@@ -67,17 +77,21 @@ class PackedConv2d(Packed, nn.Conv2d):
         how = self.padding, self.stride, self.dilation, self.groups
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape)
 
-    def output(self, x: Tensor, packed: Tensor) -> Tensor:
+    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not weight.is_mkldnn:
+            return self._conv_forward(x, weight, self.bias)
         how = self.padding, self.stride, self.dilation, self.groups
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, self.bias, *how, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *how, "none", [], "")
 
 
 class PackedLinear(Packed, nn.Linear):
     def ordered(self, weight: Tensor, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // self.in_features)
 
-    def output(self, x: Tensor, packed: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not weight.is_mkldnn:
+            return F.linear(x, weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
 
 
 PACKED = {nn.Conv2d: PackedConv2d, LoRAConv2d: PackedConv2d, nn.Linear: PackedLinear, LoRALinear: PackedLinear}
@@ -88,21 +102,27 @@ class _Sampling:
 
 
 @contextlib.contextmanager
-def packed(unet: UNet, steps: int) -> Iterator[None]:
-    """Within, a U-Net on a CPU computes the same faster, if it is called in many steps.
+def packed(unet: UNet, calls: int) -> Iterator[None]:
+    """Within, a U-Net on a CPU computes the same faster, if this thread calls it so many times.
 
-    Of several threads, the first one packs and the last one unpacks. Where an interrupt leaves something packed, the
-    next sampling unpacks it, and so does whoever asks a layer for its state.
+    Of several threads, the first one packs, and the last one unpacks. Where an interrupt leaves something packed, the
+    next sampling unpacks it, and so does whoever asks a layer for its state. Meanwhile nobody else may change the
+    U-Net's weights or train them in another thread.
     """
-    this = _Sampling()
+    this, before = _Sampling(), getattr(THIS_THREAD, "packed", False)
     try:
         with ONE_AT_A_TIME:
-            SAMPLINGS.setdefault(unet, weakref.WeakSet()).add(this)
-            if steps >= FROM_STEPS:
-                pack(unet)
+            others = SAMPLINGS.setdefault(unet, weakref.WeakSet())
+            THIS_THREAD.packed = calls >= FROM_CALLS
+            if not others:  # else one of them may be computing with a weight that would be emptied
+                unpack(unet)
+                if THIS_THREAD.packed:
+                    pack(unet)
+            others.add(this)
         yield
     finally:
         with ONE_AT_A_TIME:
+            THIS_THREAD.packed = before
             others = SAMPLINGS.get(unet, weakref.WeakSet())
             others.discard(this)
             if not others:
@@ -110,20 +130,22 @@ def packed(unet: UNet, steps: int) -> Iterator[None]:
 
 
 def pack(unet: UNet) -> None:
-    """From now on, layers order their weights once, until `unpack`.
+    """From now on, layers order their weights once, until `unpack`, and this thread computes with these.
 
     It changes nothing on other devices, for dtypes that the CPU has no kernels for, under autocast, where the U-Net is
     compiled, and for layers that compute otherwise than PyTorch's own.
     """
+    THIS_THREAD.packed = True
     layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     if (
         type(unet) is not UNet
         or torch.is_autocast_enabled("cpu")
         or any(module._compiled_call_impl is not None for module in unet.modules())
-        or PYTORCHS_OWN != (nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Linear.forward)
+        or PYTORCHS_OWN != _pytorchs_own()
+        or torch._C._len_torch_dispatch_stack()  # somebody counts or changes what is computed
     ):
         return
-    users, dtypes = Counter(id(layer.weight) for layer in layers), _dtypes_of_onednn()
+    users, dtypes = Counter(layer.weight.data_ptr() for layer in layers), _dtypes_of_onednn()
     for layer in layers:
         weight, merged = layer.weight, bool(getattr(layer, "unmerged", ()))  # its changes are in its weight
         if (
@@ -131,7 +153,9 @@ def pack(unet: UNet) -> None:
             and (type(layer) not in PLAIN or merged)
             and weight.device.type == "cpu"
             and weight.dtype in dtypes
-            and users[id(weight)] == 1
+            and users[weight.data_ptr()] == 1
+            and weight.untyped_storage().nbytes() == weight.nbytes
+            and not weight.is_shared()
             and not {"forward", "_conv_forward"} & vars(layer).keys()
             and (_pads_with_zeros(layer) if isinstance(layer, nn.Conv2d) else _is_worth_it(weight))
         ):
@@ -171,9 +195,14 @@ def _give_memory_back() -> None:
 def _as_it_was(layer: nn.Module) -> nn.Module:
     with ONE_AT_A_TIME, torch.inference_mode(False):
         if isinstance(layer, Packed):
-            if layer.packed is not None:
-                plain = layer.packed.to_dense()
-                layer.weight.data = plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)
+            layer.weight.data = _plain_weight(layer)
             layer.__class__ = layer.plain
             del layer.packed, layer.plain, layer.strides
     return layer
+
+
+def _plain_weight(layer: Packed) -> Tensor:
+    if layer.packed is None:
+        return layer.weight.data
+    plain = layer.packed.to_dense()
+    return plain.new_empty_strided(plain.shape, layer.strides).copy_(plain)

@@ -4,16 +4,19 @@ import copy
 import pickle
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sampling.packed
 from lora import LoRAConv2d, LoRALinear, add, merge, remove, set_scale
 from published.lora_files import write_lora
-from sampling.packed import Packed, PackedConv2d, PackedLinear, packed
+from sampling.packed import Packed, PackedConv2d, PackedLinear, pack, packed, unpack
 from stable_diffusion_model import StableDiffusion
 
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -22,7 +25,7 @@ HOW = {"steps": 3, "height": 64, "width": 72, "progress": False}
 
 @pytest.fixture(autouse=True)
 def _from_the_first_step(monkeypatch):
-    monkeypatch.setattr("sampling.packed.FROM_STEPS", 1)
+    monkeypatch.setattr("sampling.packed.FROM_CALLS", 1)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -69,16 +72,67 @@ def test_the_unet_is_as_it_was_afterwards_and_within_no_weight_is_held_twice(mod
     assert not any(isinstance(layer, Packed) for layer in unet.modules())
 
 
+def call(model: StableDiffusion, **kwargs) -> torch.Tensor:
+    """The U-Net's output for a guidance batch, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    x, context = (torch.randn(2, *shape, generator=generator).to(model.dtype) for shape in ((4, 8, 9), (77, 32)))
+    return model.unet(x, torch.tensor([5, 500]), context, **kwargs)
+
+
+def in_another_thread(work) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
 def test_an_error_or_an_interrupt_within_loses_nothing(model):
     before, weights = state(model.unet), copy.deepcopy(model.unet.state_dict())
-
-    def stop(step: int, *_) -> None:
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), packed(model.unet, 9):
+        call(model)
+        assert model.unet.conv_in.weight.numel() == 0
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        image(model, callback=stop)
     assert state(model.unet) == before
     assert all(torch.equal(weights[name], value) for name, value in model.unet.state_dict().items())
+
+
+@torch.no_grad()
+def test_other_threads_compute_with_the_weights_as_they_were(model, monkeypatch):
+    """Bit for bit what they compute alone, and in the precision that they ask for."""
+    monkeypatch.setattr("sampling.packed.LINEAR_FROM", 1)
+    monkeypatch.setattr(PackedLinear, "ordered", lambda self, weight, x: (2 * weight).to_mkldnn())
+
+    @torch.no_grad()
+    def alone() -> torch.Tensor:
+        return call(model)
+
+    @torch.no_grad()
+    def mixed() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(model)
+
+    plain, low = alone(), mixed()
+    with packed(model.unet, 9):
+        assert not torch.equal(call(model), plain)  # its linear layers are doubled
+        for layer in packed_layers(model.unet):
+            if isinstance(layer, PackedLinear) and layer.packed is not None:
+                layer.packed = (layer.packed.to_dense() / 2).to_mkldnn()
+        assert torch.equal(in_another_thread(alone), plain) and torch.equal(in_another_thread(mixed), low)
+        assert packed_layers(model.unet) != []
+
+
+def test_nothing_is_packed_under_the_hands_of_another_sampling(model):
+    """It may be computing with a weight that would be emptied."""
+    with packed(model.unet, 9):
+        model.unet.state_dict()
+
+        def another() -> None:
+            with packed(model.unet, 9):
+                assert packed_layers(model.unet) == []
+
+        in_another_thread(another)
+        with packed(model.unet, 9):
+            assert packed_layers(model.unet) == []
+    with packed(model.unet, 9):
+        assert packed_layers(model.unet) != []
 
 
 def test_what_one_sampling_left_packed_the_next_one_mends(model, monkeypatch):
@@ -102,6 +156,17 @@ def test_several_threads_may_sample_from_one_model(model):
     for thread in threads:
         thread.join()
     assert images == {seed: [expected[seed]] * 3 for seed in range(4)} and state(model.unet) == before
+
+
+@torch.no_grad()
+def test_the_last_of_several_samplings_unpacks(model):
+    with packed(model.unet, 9):
+        with packed(model.unet, 9):
+            call(model)
+        assert packed_layers(model.unet) != [] and model.unet.conv_in.weight.numel() == 0
+        call(model)
+        assert packed_layers(model.unet) != []
+    assert packed_layers(model.unet) == []
 
 
 def test_layers_with_low_rank_changes_compute_as_ever(model, monkeypatch):
@@ -132,45 +197,60 @@ def test_changes_that_are_merged_are_packed_with_their_layer(model, monkeypatch)
     assert image(model) == base
 
 
-def test_a_callback_may_change_and_save_the_model_between_steps(model, tmp_path, monkeypatch):
-    """As if weights had never been packed: from the next step on."""
-    names = [name for name, layer in model.unet.named_modules() if name.endswith("conv1")]
+@pytest.fixture
+def lora_file(model, tmp_path) -> Path:
+    names = [name for name, layer in model.unet.named_modules() if name.endswith(("conv1", "to_q", "to_k"))]
     for change in add(model.unet, names, rank=2, alpha=2.0):
-        nn.init.normal_(change.up.weight)
+        nn.init.normal_(change.to(model.dtype).up.weight)
     write_lora(tmp_path / "lora.safetensors", model.unet)
     remove(model.unet)
-    name = model.load_lora(tmp_path / "lora.safetensors")
-    scales = iter([0.5, 0.0, 1.0] * 2)
+    return tmp_path / "lora.safetensors"
+
+
+def test_a_callback_may_change_and_save_the_model_between_steps(model, lora_file, tmp_path, monkeypatch):
+    """What it changes counts from the next step on, in all layers: nothing is prepared for all steps then."""
+    name = model.load_lora(lora_file)
+    scales = iter([0.0, 0.5] * 2)
+    model.set_lora_scale(name, 0.5)
 
     def change_it(step: int, *_) -> None:
-        model.set_lora_scale(name, next(scales))
-        if step == 1:
+        assert packed_layers(model.unet) == []
+        if step == 0:
             model.save_pretrained(tmp_path / "model")
+        model.set_lora_scale(name, next(scales))
 
-    plain = image(model)
-    changed, saved = (
-        image(model, callback=change_it),
-        StableDiffusion.from_pretrained(tmp_path / "model", "cpu", model.dtype),
-    )
-    monkeypatch.setattr("sampling.packed._dtypes_of_onednn", set)
-    assert image(model, callback=change_it) == changed != plain == image(model)
-    remove(model.unet)
-    del model.loras[name]
-    assert image(saved) == image(model)  # of the moment when its scale was 0
+    changed = image(model, callback=change_it, steps=2)
+    saved = StableDiffusion.from_pretrained(tmp_path / "model", "cpu", model.dtype)
+    seen = []
+    first = image(saved, steps=2, callback=lambda step, t, x, x0: seen.append(x))
+    model.set_lora_scale(name, 0.0)
+    second = image(model, steps=2, callback=lambda step, t, x, x0: seen[0] if step == 0 else None)
+    assert changed == second != first
 
 
-def test_a_callback_may_load_another_lora_or_another_precision(model, tmp_path):
-    before = state(model.unet)
-    for change in add(model.unet, ["conv_in"], rank=2, alpha=2.0):
-        nn.init.normal_(change.up.weight)
-    write_lora(tmp_path / "lora.safetensors", model.unet)
-    remove(model.unet)
-    image(model, callback=lambda step, *_: model.load_lora(tmp_path / "lora.safetensors") and None)
+def test_a_callback_may_change_the_precision_or_the_network(model, lora_file):
+    before, plain = state(model.unet), image(model)
+    image(model, callback=lambda step, *_: model.load_lora(lora_file) and None)
     assert len(model.loras) == HOW["steps"]
     remove(model.unet)
-    image(model, callback=lambda step, *_: model.to("cpu", torch.float64) and None, steps=1)
-    assert model.dtype == torch.float64 and not any(isinstance(layer, Packed) for layer in model.unet.modules())
+    low, high = (copy.deepcopy(model.unet).to(dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert image(model, callback=lambda step, *_: setattr(model, "unet", (low, high)[step % 2])) != plain
+    model.unet = high
+    image(model, callback=lambda step, *_: model.to("cpu", torch.float64) and None)
+    assert model.dtype == torch.float64 and packed_layers(model.unet) == []
     assert [value[1] for value in state(model.unet).values()] == [value[1] for value in before.values()]
+
+
+def test_what_changes_the_model_itself_unpacks_it(model, lora_file, tmp_path):
+    name = model.load_lora(lora_file)
+    with torch.no_grad():
+        for change in (lambda: model.set_lora_scale(name, 0.5), lambda: model.save_pretrained(tmp_path / "model")):
+            with packed(model.unet, 9):
+                call(model)
+                change()
+                assert packed_layers(model.unet) == []
+                assert torch.equal(call(model), call(model))
+    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size > 10**5
 
 
 def trained(unet: nn.Module) -> None:
@@ -210,6 +290,14 @@ def test_layers_that_compute_otherwise_are_left_alone(model, monkeypatch):
     with packed(model.unet, 9):
         assert packed_layers(model.unet) == []
     monkeypatch.undo()
+    for owner, name in ((nn.Conv2d, "forward"), (nn.functional, "conv2d"), (nn.functional, "linear")):
+        with monkeypatch.context() as patch, packed(model.unet, 9):
+            unpack(model.unet)
+            patch.setattr(owner, name, lambda *args: None)
+            pack(model.unet)
+            assert packed_layers(model.unet) == []
+    with FlopCounterMode(display=False), packed(model.unet, 9):
+        assert packed_layers(model.unet) == []
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 0 * nn.functional.linear(x, self.weight, self.bias))
     with packed(model.unet, 9):
         assert packed_layers(model.unet) == []
@@ -242,6 +330,16 @@ def test_small_linear_layers_are_left_to_mkl_in_float32(model, monkeypatch):
         assert {*packed_layers(unet)} - {*packed_convolutions(unet)} == large
 
 
+def test_weights_that_others_see_stay_where_they_are(model):
+    """In shared memory, in a vector of all of them, in another network."""
+    unet = model.unet
+    unet.conv_in.share_memory()
+    flat = torch.cat([unet.conv_out.weight.data.flatten(), torch.zeros(1, dtype=model.dtype)])
+    unet.conv_out.weight.data = flat[:-1].view_as(unet.conv_out.weight)
+    with packed(unet, 9):
+        assert {unet.conv_in, unet.conv_out}.isdisjoint(packed_layers(unet)) and packed_layers(unet) != []
+
+
 def test_few_steps_are_not_worth_it(model, monkeypatch):
     monkeypatch.undo()
     with packed(model.unet, 7):
@@ -256,7 +354,7 @@ def test_memory_is_given_back_where_something_was_packed(model, monkeypatch):
     monkeypatch.setattr("sampling.packed._give_memory_back", lambda: given_back.append(packed_layers(model.unet)))
     image(model)
     assert given_back == [[]]
-    monkeypatch.setattr("sampling.packed.FROM_STEPS", 9)
+    monkeypatch.setattr("sampling.packed.FROM_CALLS", 9)
     image(model)
     assert given_back == [[]]
     monkeypatch.undo()
@@ -301,26 +399,35 @@ def test_an_interrupt_at_any_line_is_mended_by_the_next_sampling(model):
     assert total > 500 and image(model) == expected
 
 
-def test_within_a_callback_the_network_is_what_it_is_elsewhere(model):
+def test_whoever_asks_a_packed_network_gets_it_as_it_was(model):
     """Its state, copies and gradients."""
-    weights, plain, seen = copy.deepcopy(model.unet.state_dict()), image(model), []
+    weights = copy.deepcopy(model.unet.state_dict())
+    with torch.no_grad():
+        plain = call(model)
 
-    def look(step: int, *_) -> None:
-        if step == 0:
-            seen.append(model.unet.state_dict())
-        elif step == 1:
-            seen.append(copy.deepcopy(model.unet).state_dict())
-            seen.append(pickle.loads(pickle.dumps(model.unet)).state_dict())
-        else:
-            with torch.enable_grad():
-                trained(model.unet)
-            seen.append({name: p.grad for name, p in model.unet.named_parameters() if p.grad is None})
-            model.unet.load_state_dict(weights)
+    def packed_once(ask) -> object:
+        with torch.no_grad(), packed(model.unet, 9):
+            torch.testing.assert_close(call(model), plain, rtol=1e-5, atol=1e-6)
+            assert model.unet.conv_in.weight.numel() == 0
+            found = ask()
+            assert torch.equal(call(model), plain) and packed_layers(model.unet) == []
+            return found
 
-    assert image(model, callback=look) == plain
-    for found in seen[:3]:
-        assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
-    assert seen[3] == {} and packed_layers(model.unet) == []
+    @torch.enable_grad()
+    def gradients() -> None:
+        trained(model.unet)
+        assert all(p.grad is not None for p in model.unet.parameters())
+
+    found = [
+        packed_once(model.unet.state_dict),
+        packed_once(lambda: copy.deepcopy(model.unet).state_dict()),
+        packed_once(lambda: pickle.loads(pickle.dumps(model.unet)).state_dict()),
+        packed_once(lambda: gradients() or model.unet.state_dict()),
+        packed_once(lambda: model.unet.load_state_dict(weights) and model.unet.state_dict()),
+        packed_once(lambda: model.unet.to(model.dtype).state_dict()),
+    ]
+    for one in found:
+        assert one.keys() == weights.keys() and all(torch.equal(one[name], weights[name]) for name in weights)
 
 
 def test_it_can_be_trained_after_it_sampled_in_inference_mode(model):
