@@ -1,5 +1,8 @@
 """Muon and AdamW as one optimizer, held against PyTorch's own of each."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -76,9 +79,12 @@ def test_the_rest_is_stepped_as_by_adamw() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_matrices_are_stepped_as_by_pytorchs_muon() -> None:
+@pytest.mark.parametrize("rows", [3, 30])  # a wide matrix and a tall one
+def test_matrices_are_stepped_as_by_pytorchs_muon(rows: int) -> None:
     """Which computes in bfloat16, so that only two or three digits agree; a filter counts as a matrix (C_out, rest)."""
     ours, theirs = twins()
+    ours.linear = nn.Linear(8, rows, bias=False)
+    theirs.linear = copy.deepcopy(ours.linear)
     optimizer = Muon(ours, 1e-2, 0.1)
     reference = torch.optim.Muon([theirs.linear.weight], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     before = ours.linear.weight.detach().clone()
@@ -87,7 +93,7 @@ def test_matrices_are_stepped_as_by_pytorchs_muon() -> None:
     filter_before = flat.detach().clone()
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
-        ours.linear.weight.grad = torch.randn(3, 8, generator=g)
+        ours.linear.weight.grad = torch.randn(rows, 8, generator=g)
         ours.inner.weight.grad = torch.randn(8, 4, 3, 3, generator=g)
         theirs.linear.weight.grad, flat.grad = (
             ours.linear.weight.grad.clone(),
@@ -132,6 +138,50 @@ def test_a_resumed_optimizer_goes_on_with_the_same_bits() -> None:
     load_optimizer(second, first.state_dict())
     train(parted, second, 3, first=3)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parted.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_a_copied_optimizer_goes_on_with_the_same_bits(how: str) -> None:
+    whole, _ = twins()
+    optimizer = make_optimizer("muon", whole, 1e-2, 0.1)
+    train(whole, optimizer, 2)
+    pair = whole, optimizer  # together: else the copy would step copies of the parameters
+    parted, again = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    train(whole, optimizer, 2, first=2)
+    train(parted, again, 2, first=2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parted.parameters(), strict=True))
+
+
+def test_a_group_that_is_added_is_stepped_as_by_adamw() -> None:
+    network, _ = twins()
+    optimizer = make_optimizer("muon", network, 1e-2, 0.1)
+    train(network, optimizer, 2)
+    added, theirs = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    optimizer.add_param_group({"params": [added], "weight_decay": 0.1})
+    reference = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1, fused=True)
+    before = [p.detach().clone() for p in network.parameters()]
+    for seed in range(3):
+        added.grad, theirs.grad = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) for _ in range(2))
+        train(network, optimizer, 1, first=seed)
+        reference.step()
+    assert torch.equal(added, theirs)
+    assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_a_closure_computes_the_gradients() -> None:
+    network, twin = twins()
+    optimizer, other = (make_optimizer("muon", net, 1e-2, 0.1) for net in (network, twin))
+    x = torch.randn(2, 2, 5, 5)
+
+    def closure() -> torch.Tensor:
+        loss = network(x).square().mean()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    twin(x).square().mean().backward()
+    assert other.step() is None and loss.item() > 0
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twin.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

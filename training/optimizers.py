@@ -6,6 +6,8 @@ arXiv:1711.05101, Algorithm 2) is PyTorch's own where it stands alone. PyTorch's
 and computes in bfloat16, for which many CPUs have no instructions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -45,20 +47,31 @@ class Muon(torch.optim.Optimizer):
         ends = {id(network.conv_in.weight), id(network.conv_out.weight)}
         outer = matrices | {"params": [p for p in matrices["params"] if id(p) in ends]}
         inner = matrices | {"params": [p for p in matrices["params"] if id(p) not in ends]}
-        self.adamw = torch.optim.AdamW([outer, gains], lr=lr, fused=True)
-        super().__init__([inner, *self.adamw.param_groups], {"lr": lr})
+        super().__init__([inner, outer, gains], {"lr": lr})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """All groups but the first are AdamW's, those added later, too."""
+        super().add_param_group(param_group)
+        self._share()
+
+    def __setstate__(self, state: dict) -> None:
+        """After a copy, a pickle, or `load_state_dict`: groups and moments are other objects than before."""
+        super().__setstate__(state)
         self._share()
 
     def _share(self) -> None:
-        """AdamW has the last two groups, and keeps its moments with the others."""
-        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
+        """AdamW steps all groups but the first, and keeps its moments with the others."""
+        if groups := self.param_groups[1:]:
+            self.adamw = torch.optim.AdamW(groups, fused=True)
+            self.adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """`closure`, if there is one, computes the gradients; what it returns is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         group, skip = self.param_groups[0], getattr(self, "found_inf", None)
         go = 1.0 if skip is None else 1.0 - skip  # 0: nothing moves
         by_shape: dict[tuple, list[nn.Parameter]] = {}
@@ -81,6 +94,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_sub_(parameters, moves.unbind())
         self.adamw.found_inf, self.adamw.grad_scale = skip, None
         self.adamw.step()
+        return loss
 
 
 def make_optimizer(name: str, network: UNet, lr: float, weight_decay: float) -> torch.optim.Optimizer:
