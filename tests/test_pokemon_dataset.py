@@ -5,6 +5,7 @@ What people may put into a data set is in test_bad_input.py.
 
 import collections
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from images import to_pixels
 from pokemon_dataset import load_captioned_images, open_image
 from tests.tiny import tiny_text_encoder, tiny_vae
 from text_encoder import TextEncoder
-from training import captioned_latents
+from training import captioned_latents, encoded_cache
 from training.background import Progress, in_order
 from training.captioned_latents import CaptionedLatents, Rows, prepare
 from training.encoded_cache import EncodedCache, encode_missing, fingerprint, tokenizer_fingerprint
@@ -520,6 +521,44 @@ def test_a_cpu_gathers_from_the_files_and_a_device_holds_what_fits(tmp_path: Pat
         assert torch.equal(mapped[index], resident[index])
     expected = [values[keys[i][0] + 256 * keys[i][1]] for i in chosen]
     assert np.array_equal(mapped[chosen].numpy(), np.stack(expected))
+
+
+def test_many_small_files_hold_no_descriptors_and_too_few_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run that encodes anything leaves a file: there may be more of them than a process may have open."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    cache, keys = EncodedCache(tmp_path, {}, (2,)), [bytes([i]) * 32 for i in range(40)]
+    for key in keys:
+        cache.append([key], np.full((1, 2), key[0]))
+        cache.close()
+    with open(os.devnull, "rb") as lowest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 20, limits[1]))
+        try:
+            assert not cache.missing(keys)
+            monkeypatch.setattr(encoded_cache, "READ_WHOLE", 0)
+            with pytest.raises(UserError, match=r"Too many open files.*ulimit -n"):
+                EncodedCache(tmp_path, {}, (2,)).missing(keys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert Rows(cache, keys, CPU, 0)[torch.arange(40)].tolist() == [[i, i] for i in range(40)]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(encoded_cache, "open", refuse, raising=False)
+    with pytest.raises(UserError, match=r"Too many open files.*ulimit -n"):
+        cache.append(keys[:1], np.zeros((1, 2)))
+
+
+def test_a_file_is_read_once_and_keys_may_come_one_by_one(tmp_path: Path) -> None:
+    cache, keys = EncodedCache(tmp_path, {}, (2,)), [bytes([i]) * 32 for i in range(3)]
+    cache.append(keys[:1], np.zeros((1, 2)))
+    for _ in range(2):
+        assert cache.missing(iter(keys)) == keys[1:] and len(cache.files) == 1
+    cache.append(keys[1:2], np.zeros((1, 2)))
+    assert cache.missing(iter(keys)) == keys[2:] and len(cache.files) == 2  # it has grown
 
 
 def test_the_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

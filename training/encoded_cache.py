@@ -5,13 +5,15 @@ A cache is a folder for one encoder. In it, each process that encodes appends re
     checksum (4 bytes) | key (32 bytes: SHA-256 of what was encoded) | values (float16, one shape for all rows)
 
 So nobody waits for a lock, a process that is killed loses the batch in hand and no more, an image that is added encodes
-one image, and several runs may use the folder at once. Files are memory-mapped for reading. A row whose checksum is
-wrong counts as missing and is encoded again: the end of a file that was cut short, a worn disk, a file from elsewhere.
+one image, and several runs may use the folder at once. Large files are memory-mapped for reading, small ones are
+read whole: a mapped file holds a descriptor, of which a process has few. A row whose checksum is wrong counts as
+missing and is encoded again: the end of a file that was cut short, a worn disk, a file from elsewhere.
 
 Processes share the work (`encode_missing`), and the bits of a row do not depend on how it was shared: see there.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import uuid
@@ -34,6 +36,8 @@ from training.script import UserError
 # The store
 # ----------------------------------------------------------------------------------------------------------------------
 
+READ_WHOLE = 2**20  # bytes; files of a run that encoded a few rows are smaller
+
 
 class EncodedCache:
     """The rows of one encoder, by key. `made_by` says what encoded them; another encoder has another folder."""
@@ -43,7 +47,7 @@ class EncodedCache:
         self.folder = folder / hashlib.sha256(description.encode()).hexdigest()[:32]
         self.description, self.shape = description, shape
         self.record = np.dtype([("checksum", "<u4"), ("key", "V32"), ("values", "<f2", shape)])
-        self.files: list[np.ndarray] = []  # records, memory-mapped
+        self.files: list[np.ndarray] = []  # records
         self.places: dict[bytes, tuple[int, int]] = {}  # key → which of `files`, which row of it
         self.damaged: set[bytes] = set()  # keys that were found, but in no sound row
         self._mapped: dict[Path, tuple[int, int]] = {}  # path → which of `files`, how many rows that has
@@ -51,6 +55,7 @@ class EncodedCache:
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of `keys` that have no sound row here. Looks at the folder again: others may have written meanwhile."""
+        keys = list(keys)
         wanted = set(keys) - self.places.keys()
         for path in sorted(self.folder.glob("*.rows")) if wanted else []:
             number = self._map(path)
@@ -80,6 +85,7 @@ class EncodedCache:
                 rest = rest[self._output.write(rest) :]
         except OSError as error:
             self.close()  # half a record may stand at its end: the next row begins a new file
+            _refuse_too_many_files(error)
             raise UserError(
                 f"the cache {self.folder} cannot be written ({error.strerror}): free some space, or set the "
                 "environment variable HF_DATASETS_CACHE to a folder that has room."
@@ -96,10 +102,14 @@ class EncodedCache:
         try:
             count = path.stat().st_size // self.record.itemsize
             if count and self._mapped.get(path, (0, 0))[1] != count:
-                self.files.append(np.memmap(path, self.record, "r", shape=(count,)))
+                if count * self.record.itemsize < READ_WHOLE:
+                    self.files.append(np.fromfile(path, self.record, count))
+                else:
+                    self.files.append(np.memmap(path, self.record, "r", shape=(count,)))
                 self._mapped[path] = len(self.files) - 1, count
-        except (OSError, ValueError):  # not ours to read, or removed in this moment: its rows are missing, that is all
-            return None
+        except (OSError, ValueError) as error:
+            _refuse_too_many_files(error)
+            return None  # not ours to read, or removed in this moment: its rows are missing, that is all
         return self._mapped[path][0] if count else None
 
     def _is_sound(self, number: int, row: int) -> bool:
@@ -111,10 +121,16 @@ class EncodedCache:
         return zlib.crc32(record.view(np.uint8)[4:], zlib.crc32(self.folder.name.encode()))
 
 
+def _refuse_too_many_files(error: Exception) -> None:
+    """UserError if that is what is wrong: neither the folder nor its disk is to blame then."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        raise UserError(f"{error.strerror}: allow this process more of them, such as by `ulimit -n 4096`.") from error
+
+
 class Rows:
     """Rows of a cache, one for each of `keys`, indexed like a tensor.
 
-    They are on the device if they fit into `budget` bytes there, else gathered from the memory-mapped files.
+    They are on the device if they fit into `budget` bytes there, else gathered from the cache's files.
     """
 
     def __init__(self, cache: EncodedCache, keys: Sequence[bytes], device: torch.device, budget: int) -> None:
@@ -142,7 +158,7 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device, or in the CPU's memory beside the mapped files."""
+        """Bytes on the device, or in the CPU's memory beside the cache's files."""
         return 0 if self.resident is None else self.resident.nbytes
 
     def _read(self, index: np.ndarray, *rest: np.ndarray) -> np.ndarray:
