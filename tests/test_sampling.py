@@ -25,6 +25,7 @@ from tiny import tiny_model
 
 from guidance import Guidance
 from images import image_to_pixels, pixels_to_images, read_parameters, save_png, to_rgb
+from noise_schedule import noise_level
 from published import schedule_dict, unet_dict, vae_dict
 from samplers import SAMPLERS
 from stable_diffusion_model import StableDiffusion, slerp
@@ -207,8 +208,25 @@ def test_guidance_between_two_noise_levels(model, calls):
         calls.clear()
         sample(model, ["a red fox"], **options, guidance_interval=interval)
         assert calls == expected
-    never, _ = sample(model, guidance_interval=(1e6, 1e7))
-    assert torch.equal(never, sample(model, guidance_scale=1)[0])
+    conditional, _ = sample(model, guidance_scale=1)
+    for scale in (7.5, 0):  # outside of the interval any guidance is none
+        never, _ = sample(model, guidance_scale=scale, guidance_interval=(1e6, 1e7))
+        assert torch.equal(never, conditional)
+
+
+@pytest.mark.parametrize("ends", [(1, 2), (0.5, 1), (1, 1)])
+def test_the_ends_of_the_interval_belong_to_it(ends):
+    sigma, x = noise_level(0.3), torch.randn(1, 4, 8, 8)
+    low, high = (sigma * end for end in ends)
+    guidance, seen = Guidance(interval=(low, high)), []
+
+    def model(x_t: torch.Tensor, t: float, context: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x_t))
+        return x_t
+
+    contexts = guidance.contexts(*torch.randn(2, 1, 77, 8))
+    guidance.predict(model, x, *contexts, 500.0, 0.3)
+    assert seen == [2]
 
 
 @pytest.mark.parametrize(
