@@ -10,8 +10,8 @@ Several take turns: this repository; diffusers as its documentation uses it, in 
 in float32, too, its default; and diffusers tuned with what we do (memory layout, fused optimizer, `--compile`). A ratio
 is their time over ours in the same round: above 1, ours is faster. The table has the median over the rounds and, in
 brackets, the smallest and the largest. Memory is the peak of a process of its own (CPU), or of what PyTorch allocated
-(CUDA). With `--apart` each turn is a process of its own, which warms up and is timed once. Results are added to
-compare_diffusers.json.
+(CUDA). With `--apart` each turn is a process of its own, which warms up and is timed once; such results are
+kept beside those of one process. Results are added to compare_diffusers.json.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from torch import nn
 
 from benchmarks.contestants import MODELS, ROOT, SIDES, Case, Training, build
-from benchmarks.measuring import keep, kept, machine, seconds
+from benchmarks.measuring import device_option, keep, kept, machine, parse, positive, seconds
 from noise_schedule import NoiseSchedule
 from sampling.packed import pack
-from stable_diffusion_model import StableDiffusion, choose_device
+from stable_diffusion_model import StableDiffusion
 
 RESULTS = Path(__file__).with_suffix(".json")
 ROWS = ("unet", "train", "pictures", "vae_encode", "vae_decode", "sampling")
@@ -176,7 +176,7 @@ def measure(case: Case, rounds: int, apart: bool = False) -> dict:
     else:
         times = time_in_turn(case, rounds)
         memory = {side: peak_memory(case, side) for side in times}
-    result = asdict(case) | {"seconds": times, "memory_mb": memory}
+    result = asdict(case) | {"apart": apart, "seconds": times, "memory_mb": memory}
     for side in case.sides()[1:]:
         ratios = [theirs / ours for theirs, ours in zip(times[side], times["ours"], strict=True)]
         result[side] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
@@ -305,26 +305,21 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
     parser.add_argument("--models", nargs="+", default=["quickstart", "pokemon"], choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--device", default="auto", type=device_option, help="auto, cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="torch.compile ours and the tuned")
-    parser.add_argument("--rounds", type=int, default=8, choices=range(1, 1000), metavar="N")
+    parser.add_argument("--rounds", type=positive, default=8, metavar="N")
     parser.add_argument("--apart", action="store_true", help="each turn in a process of its own")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     parser.add_argument("--profile", action="store_true", help="only print where the time goes")
-    options = parser.parse_args()
-    try:
-        usual = "cuda" if torch.cuda.is_available() else "cpu"
-        device = usual if options.device == "auto" else choose_device(options.device).type
-    except ValueError as error:
-        parser.error(str(error))
+    options = parse(parser, RESULTS)
     choices = itertools.product(options.models, options.rows, options.dtypes)
-    cases = [Case(row, model, dtype, device, options.compile) for model, row, dtype in choices]
+    cases = [Case(row, model, dtype, options.device.type, options.compile) for model, row, dtype in choices]
     if options.profile:
         print("\n\n".join(profile_table(case) for case in cases))
         return
     for case in [] if options.table else cases:
-        result = measure(case, options.rounds, options.apart) | machine(device)
-        keep(RESULTS, [result], ("row", "model", "dtype", "device_name", "compile"))
+        result = measure(case, options.rounds, options.apart) | machine(options.device.type)
+        keep(RESULTS, [result], ("row", "model", "dtype", "device_name", "compile", "apart"))
         print(table([result]).splitlines()[-1], flush=True)
     results = kept(RESULTS)
     for name in dict.fromkeys(result["device_name"] for result in results):

@@ -1,5 +1,6 @@
 """How the benchmarks measure: seconds, losses, the machine's name, and result files that machines may share."""
 
+import argparse
 import csv
 import json
 import time
@@ -23,6 +24,33 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+def positive(text: str) -> int:
+    """A number of the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
+def device_option(name: str) -> torch.device:
+    """--device of the command line: auto, cpu or cuda."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    choices = dict.fromkeys(("auto", "cpu", best))
+    if name not in choices:
+        raise argparse.ArgumentTypeError(f"{name} is not available here; choose from {', '.join(choices)}")
+    return torch.device(best if name == "auto" else name)
+
+
+def parse(parser: argparse.ArgumentParser, results: Path) -> argparse.Namespace:
+    """The command line, and a look at the results so far: what is measured would be lost if they could not be read."""
+    options = parser.parse_args()
+    try:
+        kept(results)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+    return options
+
+
 def last_validation_loss(run_folder: Path) -> float:
     """Of a training run, from its metrics.csv."""
     with open(run_folder / "metrics.csv", encoding="utf-8") as file:
@@ -43,15 +71,24 @@ def machine(device: str) -> dict:
 
 
 def kept(file: Path) -> list[dict]:
-    """What was measured until now."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    """What was measured until now. ValueError if the file is no list of results."""
+    try:
+        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): mend it, or move it away to begin a new one.") from error
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        raise ValueError(f"{file} is no list of results: mend it, or move it away to begin a new one.")
+    return results
 
 
 def keep(file: Path, new: list[dict], same: tuple[str, ...]) -> list[dict]:
-    """Adds results; older ones that agree with a new one in the fields `same` go. Returns all that are kept now."""
+    """Adds results; older ones that agree with a new one in the fields `same` go. Returns all that are kept now.
+
+    A field that a result lacks, since it is older than the field, counts as False.
+    """
 
     def key(result: dict) -> str:
-        return json.dumps([result.get(name) for name in same], sort_keys=True)
+        return json.dumps([result.get(name, False) for name in same], sort_keys=True)
 
     replaced = {key(result) for result in new}
     results = [old for old in kept(file) if key(old) not in replaced] + new

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import train_stable_diffusion
-from benchmarks.measuring import keep, kept, last_validation_loss, machine
+from benchmarks.measuring import keep, kept, last_validation_loss, machine, parse
 from train_stable_diffusion import Batch, draw_batch
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print what was measured")
-    options = parser.parse_args()
+    options = parse(parser, RESULTS)
     with tempfile.TemporaryDirectory() as temporary:
         for row in [] if options.table else options.rows:
             folder, steps = Path(temporary) / "run", PRESETS["monsters"]["max_steps"]

@@ -9,7 +9,8 @@ training cache), images in a batch, side of the images in pixels, and steps sinc
 first three are timed in turn, several rounds over. Memory is what the run of a value has added after two steps: on
 a CPU without the mapped files (Linux), on a GPU the peak. The optimizer is AdamW, and there is no average. The fifth,
 encoding, is what comes before the steps: seconds for an image when that many are encoded into an empty cache (monsters
-and their mirrors, drawn beforehand, and their captions), each value once.
+and their mirrors, drawn beforehand, and their captions), each value once. `--values` measures some values instead of a
+whole row, and leaves the others of the row as they were.
 
 The share of the limit: the floating-point operations of a step, as PyTorch counts them (not those of fused attention in
 float32 on a CPU), over the rate at which this machine multiplied two large matrices of the same type in the same run.
@@ -20,6 +21,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -29,9 +31,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import MODELS, Case, Training, build
-from benchmarks.measuring import keep, kept, machine, seconds
+from benchmarks.measuring import device_option, keep, kept, machine, parse, positive, seconds
 from pokemon_dataset import load_captioned_images
-from stable_diffusion_model import choose_device
 from training.captioned_latents import memory_for_data, prepare
 from training.encoded_cache import EncodedCache, Rows, sha256
 from training.reproducible import Processes, resolve_precision
@@ -83,9 +84,19 @@ def operations(trainer: Training) -> int:
     return counter.get_total_flops()
 
 
+def values_of(name: str, chosen: list[int] | None) -> list[int]:
+    """What a row is measured at, rising: its own values or those chosen. ValueError if they cannot be measured."""
+    values = sorted(set(chosen or ROWS[name]))
+    if name == "side" and any(value % 8 for value in values):
+        raise ValueError("--values of the row side must be multiples of 8, of which latents have one.")
+    if name == "steps" and any(after - before < ROUNDS for before, after in pairwise(values)):
+        raise ValueError(f"--values of the row steps must be {ROUNDS} apart or more: so many steps are timed at each.")
+    return values
+
+
 def row(name: str, model: str, device: torch.device, folder: Path, values: list[int] | None = None) -> list[dict]:
     """For each value of a row: seconds of a step, memory that the run added, and operations of a step."""
-    shape, values = MODELS[model], values or ROWS[name]
+    shape, values = MODELS[model], values_of(name, values)
     usual = {"images": 500} | dict(zip(("side", "batch"), shape.training_on(device.type), strict=True))
     if name == "steps":
         return list(along_a_run(training(model, device, folder, **usual), device, values))
@@ -140,6 +151,7 @@ def memory(device: torch.device) -> float:
 
 def table(results: list[dict]) -> str:
     """Markdown, a line for each value; times relative to the first value of the row, since machines differ."""
+    results = sorted(results, key=lambda result: (list(ROWS).index(result["row"]), result["value"]))
     lines = ["| row | value | time of a step, or an image | memory (MB) | share of the limit |", "| --- " * 5 + "|"]
     first: dict[str, float] = {}
     for result in results:
@@ -154,20 +166,23 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
-    parser.add_argument("--values", nargs="+", type=int, metavar="N", help="instead of the row's own")
+    parser.add_argument("--values", nargs="+", type=positive, metavar="N", help="instead of the row's own")
     parser.add_argument("--model", default="quickstart", choices=list(MODELS))
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", type=device_option, help="auto, cpu or cuda")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
-    options = parser.parse_args()
-    if min(options.values or [1]) < 1:
-        parser.error("--values must be positive.")
-    device = choose_device(options.device)
+    options = parse(parser, RESULTS)
+    try:
+        values = {name: values_of(name, options.values) for name in options.rows}
+    except ValueError as error:
+        parser.error(str(error))
+    device = options.device
+    same = ("row", "model", "device_name", *(["value"] if options.values else []))  # else the whole row is another
     with tempfile.TemporaryDirectory() as folder:
-        for name in [] if options.table else options.rows:
+        for name in [] if options.table else values:
             rate = matrix_rate(device, resolve_precision("auto", device))
             about = {"row": name, "model": options.model, "rate": rate} | machine(device.type)
-            measured = [about | result for result in row(name, options.model, device, Path(folder), options.values)]
-            keep(RESULTS, measured, ("row", "model", "device_name"))
+            measured = [about | result for result in row(name, options.model, device, Path(folder), values[name])]
+            keep(RESULTS, measured, same)
     groups: dict[tuple, list[dict]] = {}
     for result in kept(RESULTS):
         groups.setdefault((result["model"], result["device_name"]), []).append(result)

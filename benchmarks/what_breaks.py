@@ -29,7 +29,7 @@ import stable_diffusion_model
 import train_stable_diffusion
 import training.captioned_latents
 from benchmarks.contestants import ROOT
-from benchmarks.measuring import keep, kept, last_validation_loss, machine
+from benchmarks.measuring import keep, kept, last_validation_loss, machine, parse
 from evaluation.attention import SHIPPED_MODEL
 from evaluation.obedience import Judge, measure_monsters, unseen_monsters
 from guidance import Guidance
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where runs are left, and the fault-free one found")
     parser.add_argument("--page", action="store_true", help="only write the page")
-    options = parser.parse_args()
+    options = parse(parser, RESULTS)
     with tempfile.TemporaryDirectory() as temporary:
         base = options.keep or Path(temporary)
         for row in [] if options.page else options.rows:

@@ -1,7 +1,9 @@
 """The benchmarks: every row is a command that exists, and a change changes only what it says."""
 
 import dataclasses
+import importlib
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+import benchmarks
 import monsters
 import stable_diffusion_model
 from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling, what_breaks
@@ -107,7 +110,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same outputs; as many calls of the U-Net, of as many images and in one type; a step that moves the weights.
 
-    Ours and the tuned one have the same memory layout and a fused optimizer, the documented ones neither.
+    Ours and the tuned one have the same memory layout and a fused optimizer, the documented ones neither. A step clips
+    its gradients and leaves none behind; our U-Net is packed where it is timed alone, as it is in sampling.
     """
     case, outputs, calls, built = compare_diffusers.Case(row, "tiny", dtype), [], [], []
     fused, adamw, training = [], torch.optim.AdamW, row in ("train", "pictures")
@@ -115,6 +119,9 @@ def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatc
         "torch.optim.AdamW", lambda *a, **how: fused.append(how.get("fused", False)) or adamw(*a, **how)
     )
     monkeypatch.setattr(compare_diffusers, "STEPS", 3)
+    clip, pack, clipped, packed = torch.nn.utils.clip_grad_norm_, compare_diffusers.pack, [], []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append(norm) or clip(p, norm))
+    monkeypatch.setattr(compare_diffusers, "pack", lambda network: packed.append(network) or pack(network))
     build = compare_diffusers.build
     monkeypatch.setattr(compare_diffusers, "build", lambda *args: built.append(build(*args)) or built[-1])
     for side in case.sides():
@@ -135,9 +142,12 @@ def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatc
             assert set(count) == {(2, precision)}  # a guidance batch, or the tiny model's batch
             unpack(built[-1].unet)
             assert torch.equal(built[-1].unet.conv_in.weight, weights) == (not training)
+            assert all(parameter.grad is None for parameter in built[-1].unet.parameters())
         if built[-1].vae:
             convolution = built[-1].vae.encoder.conv_in.weight
             assert convolution.is_contiguous(memory_format=torch.channels_last) == (side in ("ours", "tuned"))
+    assert clipped == [1.0] * len(case.sides()) * training
+    assert packed == [built[0].unet] * (row == "unet")
     assert fused == ([True, False, True, False][: len(case.sides())] if training else [])
     assert set(calls) == {{"unet": 1, "train": 1, "pictures": 1, "sampling": 3}.get(row, 0)}
     if row in ("unet", "vae_decode"):
@@ -149,6 +159,16 @@ def test_all_sides_do_the_same_work(row: str, dtype: str, tiny: None, monkeypatc
     tolerance = 2e-5 if dtype == "float32" else 0.06
     for output in theirs:
         assert ((ours - output).norm() / ours.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("row", compare_diffusers.ROWS)
+def test_ours_and_the_tuned_are_compiled(row: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, given = compare_diffusers.Case(row, "tiny", "bfloat16", compile=True), []
+    monkeypatch.setattr(torch, "compile", lambda network: given.append(network) or network)
+    for side in case.sides():
+        given.clear()
+        compare_diffusers.work_of(case, side)
+        assert bool(given) == (side in ("ours", "tuned")), side
 
 
 def test_both_have_one_noise_schedule() -> None:
@@ -166,6 +186,14 @@ def test_memory_is_that_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch)
     assert compare_diffusers.peak_memory(case, "ours") is None
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def test_memory_is_the_peak_and_not_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compare_diffusers.WORK, "unet", lambda case, side: lambda: torch.ones(75_000_000).sum())
+    peak = compare_diffusers.alone("ours", compare_diffusers.Case("unet", "tiny", "float32"))["memory_mb"]
+    left = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1e3
+    assert peak > left + 150  # of 300 MB
+
+
 def test_turns_may_be_processes_of_their_own(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who follows whom is as in one process; memory is the most that a side ever took."""
     calls, cost = [], {"ours": 1.0, "documented": 2.0, "tuned": 1.5}
@@ -176,7 +204,7 @@ def test_turns_may_be_processes_of_their_own(tiny: None, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(compare_diffusers, "in_a_process", in_a_process)
     result = compare_diffusers.measure(compare_diffusers.Case("train", "tiny", "float32"), 2, apart=True)
-    assert calls == "tuned documented ours documented tuned ours".split()
+    assert calls == "tuned documented ours documented tuned ours".split() and result["apart"]
     assert result["documented"]["median"] == 2 and result["tuned"]["most"] == 1.5
     assert result["memory_mb"] == {"ours": 106, "documented": 204, "tuned": 155}
 
@@ -195,6 +223,71 @@ def test_results_are_kept_one_for_each_case_and_machine(
     compare_diffusers.main()
     assert [kept["device_name"] for kept in json.loads(file.read_text())] == ["another", result["device_name"]]
     assert "| vae_decode | tiny | float32 |" in capsys.readouterr().out
+
+
+def test_each_way_of_measuring_has_its_result(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was kept before it said whether turns were apart was of one process."""
+    file, measure = tmp_path / "results.json", compare_diffusers.measure
+    monkeypatch.setattr(compare_diffusers, "RESULTS", file)
+    turn = {"seconds": 1.0, "memory_mb": 100.0}
+    monkeypatch.setattr(compare_diffusers, "in_a_process", lambda case, side: turn)
+    monkeypatch.setattr(
+        compare_diffusers, "measure", lambda case, rounds, apart: measure(case, rounds, True) | {"apart": apart}
+    )
+    names = ("dtype", "compile", "apart")
+    ways = [("float32", False, False), ("float32", True, False), ("float32", False, True), ("bfloat16", False, False)]
+    for _ in range(2):
+        for dtype, compiled, apart in ways:
+            argv = ["compare", "--models", "tiny", "--rows", "unet", "--rounds", "1", "--dtypes", dtype]
+            monkeypatch.setattr("sys.argv", argv + ["--compile"] * compiled + ["--apart"] * apart)
+            compare_diffusers.main()
+        results = json.loads(file.read_text())
+        assert [tuple(result[name] for name in names) for result in results] == ways
+        del results[0]["apart"]
+        file.write_text(json.dumps(results))
+
+
+@pytest.mark.parametrize("script", [compare_diffusers, quickstart, scaling, what_breaks])
+@pytest.mark.parametrize("content", ["[{", "<<<<<<< HEAD\n[]", "{}", "[1]"])
+def test_a_damaged_file_of_results_is_told_before_anything_is_measured(
+    script: object, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    monkeypatch.setattr(script, "RESULTS", file)
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    with pytest.raises(SystemExit):
+        script.main()
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {file} is ") and told.count("\n") == 1
+    assert file.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "told"),
+    [
+        (compare_diffusers, ["--rounds", "0"], "--rounds: must be 1 or more, not 0"),
+        (compare_diffusers, ["--device", "tpu"], "--device: tpu is not available here; choose from auto, cpu"),
+        (scaling, ["--device", "tpu"], "--device: tpu is not available here; choose from auto, cpu"),
+        (scaling, ["--values", "0"], "--values: must be 1 or more, not 0"),
+        (scaling, ["--rows", "batch", "side", "--values", "4"], "must be multiples of 8"),
+        (scaling, ["--rows", "steps", "--values", "30", "1", "5"], "must be 9 apart or more"),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    script: object, options: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", *options])
+    with pytest.raises(SystemExit):
+        script.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert told in last and len(last) < 200
+
+
+def test_without_diffusers_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match=r"tests/requirements\.txt"):
+        importlib.reload(benchmarks)
 
 
 def test_a_comparison_is_measured_in_turn_and_shown(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +335,39 @@ def test_scaling_measures_every_value_of_a_row(tiny: None, tmp_path: Path, monke
         work = [result["operations"] for result in measured]
         assert {"batch": 1.99, "side": 2.5}.get(name, 0.99) * work[0] < work[1] < 5 * work[0]
     assert scaling.matrix_rate(cpu, torch.float32) > 1e8
+    monkeypatch.setattr(scaling, "seconds", lambda work, device: 2.0)
+    assert scaling.matrix_rate(cpu, torch.float32) == 2048**3  # products and as many sums, in two seconds
+
+
+def test_steps_are_timed_at_the_steps_asked_for(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "ROUNDS", 2)
+    values = scaling.values_of("steps", [9, 1, 5, 5])
+    trainer = scaling.training("tiny", torch.device("cpu"), tmp_path, images=5, batch=2, side=64)
+    ends = [(found["value"], trainer.steps) for found in scaling.along_a_run(trainer, torch.device("cpu"), values)]
+    assert ends == [(1, 3), (5, 7), (9, 11)]
+
+
+def test_a_value_alone_leaves_the_rest_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a whole row replaces all that was measured of it, in whatever order its values are named."""
+    calls = []
+
+    def row(name: str, model: str, device: torch.device, folder: Path, values: list[int]) -> list[dict]:
+        calls.append(values)
+        return [{"value": value, "seconds": [float(len(calls))], "memory_mb": 1.0} for value in values]
+
+    monkeypatch.setattr(scaling, "row", row)
+    monkeypatch.setattr(scaling, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setitem(scaling.ROWS, "batch", [2, 4, 8])
+    for options in ([], ["--values", "4", "4", "3"], []):
+        monkeypatch.setattr("sys.argv", ["scaling", "--rows", "batch", "batch", *options])
+        scaling.main()
+        kept = sorted((found["value"], found["seconds"][0]) for found in measuring.kept(scaling.RESULTS))
+        if len(calls) == 2:
+            assert kept == [(2, 1.0), (3, 2.0), (4, 2.0), (8, 1.0)]
+            lines = scaling.table(measuring.kept(scaling.RESULTS)).splitlines()[2:]
+            assert [line.split(" | ")[1] for line in lines] == ["2", "3", "4", "8"]
+    assert calls == [[2, 4, 8], [3, 4], [2, 4, 8]] and kept == [(2, 3.0), (4, 3.0), (8, 3.0)]
 
 
 def test_scaling_encodes_into_an_empty_cache(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
