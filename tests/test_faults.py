@@ -160,6 +160,14 @@ FAULTS = [
     # Muon
     Fault("Muon forgets its momentum", "training/optimizers.py", "torch.stack(momenta).lerp_(gradient, (1 - MOMENTUM) * go)", "gradient.clone()", "test_optimizers.py::test_matrices_are_stepped_as_by_pytorchs_muon"),
     Fault("Muon takes steps of NaN", "training/optimizers.py", "go = 1.0 if skip is None else 1.0 - skip", "go = 1.0", "test_optimizers.py::test_a_gradient_that_is_not_finite_changes_nothing[muon]"),
+    Fault("steps of tall matrices too small", "training/optimizers.py", "max(ahead.shape[1:]) ** 0.5", "ahead.shape[2] ** 0.5", "test_optimizers.py::test_matrices_are_stepped_as_by_pytorchs_muon"),
+    # The cache
+    Fault("rows of another encoder taken", "training/encoded_cache.py", ", zlib.crc32(self.folder.name.encode()))", ")", "test_bad_input.py::test_rows_of_another_encoder_do_not_fit"),
+    # The comparison
+    Fault("their gradients not clipped", "benchmarks/compare_diffusers.py", "        nn.utils.clip_grad_norm_(parameters, 1.0)\n", "", "test_benchmarks.py::test_all_sides_do_the_same_work[train-float32]"),
+    Fault("memory as it is left, not its peak", "benchmarks/compare_diffusers.py", "VmHWM:", "VmRSS:", "test_benchmarks.py::test_memory_is_the_peak_and_not_what_is_left"),
+    # Guidance
+    Fault("scale 0 outside of the interval, too", "guidance.py", "torch.cat([empty, context])), context", "torch.cat([empty, context])), (empty if self.scale == 0 else context)", "test_sampling.py::test_guidance_between_two_noise_levels"),
     # LoRA
     Fault("--lora_alpha ignored", "training/low_rank.py", "options.lora_alpha or options.lora_rank", "options.lora_rank", "test_train_lora.py::test_only_the_low_rank_weights_are_trained_and_kept"),
     Fault("patterns of alpha ignored", "published/lora_files.py", "            alpha = other\n", "            pass\n", "test_lora.py::test_alpha_by_diffusers_metadata"),
