@@ -7,6 +7,7 @@ tensors and plain containers and refuses the rest). Whatever is wrong with a fil
 module is touched before every name and shape has been checked.
 """
 
+import errno
 import json
 import os
 import re
@@ -41,8 +42,7 @@ def locate(name: str | Path, what: str, weights: bool = True, any_name: bool = F
     a network, the hub's cache is used. Raises FileNotFoundError, in one sentence, if there is none.
     """
     text = str(name)
-    path = Path(text).expanduser()
-    if text and path.exists():
+    if (path := local_path(text)) is not None:
         return path
     is_path = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or text.endswith(WEIGHT_SUFFIXES)
     if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
@@ -56,6 +56,19 @@ def locate(name: str | Path, what: str, weights: bool = True, any_name: bool = F
             f"{what} {text!r} is not a file or folder here, and the hub did not give it ({_reason(error)}); "
             f"pass the path of a downloaded copy, or the id of a public model."
         ) from error
+
+
+def local_path(text: str) -> Path | None:
+    """The file or folder `text`, where "~" is somebody's home; None if there is none."""
+    try:
+        path = Path(text).expanduser()
+        return path if text and path.exists() else None
+    except RuntimeError:  # there is nobody of this name
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # for any file
+            return None
+        raise
 
 
 def _hub_folder(repository: str, weights: bool, any_name: bool) -> Path:
@@ -141,7 +154,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing; pass a complete folder in diffusers' layout.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8 alike
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8 alike; brackets within brackets
         raise ValueError(f"{path} is not valid JSON ({first_line(error)}); download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object belongs; download it again.")

@@ -164,7 +164,7 @@ def test_json_is_read_or_refused_in_one_sentence(tmp_path):
         read_json(path)
     path.write_text('{"a": [1]}')
     assert read_json(path) == {"a": [1]}
-    for content in (b'{"a": ', b"[1]", b"\xff\xfe\x00", b""):
+    for content in (b'{"a": ', b"[1]", b"\xff\xfe\x00", b"", b"[" * 200_000):
         path.write_bytes(content)
         with pytest.raises(ValueError) as error:
             read_json(path)
@@ -361,7 +361,10 @@ def test_a_local_path_never_asks_the_hub(hub, tmp_path, monkeypatch):
     (tmp_path / "owner" / "sd").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert locate("owner/sd", "--vae").is_dir()
-    for name in ["./owner/none", "/owner/none", "a/b/c", "owner/none.ckpt", "none.safetensors", "none.pth", "", "a b"]:
+    for name in [
+        "./owner/none", "/owner/none", "a/b/c", "owner/none.ckpt", "none.safetensors", "none.pth", "", "a b", "a\0b",
+        "~nosuchuser/sd", "~nosuchuser", "x" * 260 + ".pth",
+    ]:  # fmt: skip
         with pytest.raises(FileNotFoundError) as error:
             locate(name, "--vae")
         assert one_sentence(error.value, "--vae", repr(name), "does not exist")
