@@ -154,11 +154,17 @@ def unmerge(network: nn.Module) -> None:
             layer.weight, layer.unmerged = weight, ()
 
 
-def remove(network: nn.Module) -> None:
-    """Makes it the network that it was before any `add`."""
+def remove(network: nn.Module, name: str | None = None) -> None:
+    """Takes the change `name` away, or all: without any, it is the network that it was before any `add`."""
+    was_merged = _is_merged(network)
     unmerge(network)
     for layer in adapted(network).values():
-        _make_plain(layer)
+        if name in layer.changes:
+            del layer.changes[name]
+        if name is None or not layer.changes:
+            _make_plain(layer)
+    if was_merged:
+        merge(network)
 
 
 @contextlib.contextmanager

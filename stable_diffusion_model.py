@@ -26,16 +26,7 @@ from diffusion_model import Context, UNet
 from guidance import Guidance
 from images import format_parameters, image_to_mask, image_to_pixels, pixels_to_images
 from noise_schedule import NoiseSchedule
-from published import (
-    ModelParts,
-    attach,
-    find_layers,
-    load_model,
-    lora_file,
-    read_lora,
-    save_folder,
-    save_single_file,
-)
+from published import ModelParts, attach, find_layers, load_model, lora_file, read_lora, save_folder, save_single_file
 from samplers import SAMPLERS, TimestepGrid, check_arguments, grid_options, inpainting, timestep_grid
 from sampling.packed import packed, unpack
 from sampling.request import check_tensor, generators_of, latent_size, one_each, pixels_for, texts_of
@@ -181,6 +172,14 @@ class StableDiffusion:
         for network in self._networks().values():
             lora.set_scale(network, name, scale)
             lora.merge(network)
+
+    def unload_lora(self, name: str) -> None:
+        """Takes a LoRA's changes away again: without any, it is the model as it was. ValueError if unknown."""
+        if name not in self.loras:
+            raise ValueError(f"LoRA {name!r} is not loaded; loaded are {', '.join(self.loras) or 'none'}.")
+        for network in self._networks().values():
+            lora.remove(network, name)
+        del self.loras[name]
 
     def _networks(self) -> dict[str, nn.Module]:
         """Those that a LoRA may change, with their weights where they belong, even while it samples."""
