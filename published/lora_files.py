@@ -5,6 +5,8 @@ A file has two thin matrices for each adapted layer, `down` and `up`. All layout
     diffusers, peft       unet.down_blocks.0.….attn1.to_q.lora_A.weight          lora_B
     older diffusers       unet.down_blocks.0.….attn1.to_q.lora.down.weight       lora.up
     first diffusers       unet.down_blocks.0.….attn1.processor.to_q_lora.down.weight
+                          text_encoder.text_model.….self_attn.to_q_lora.down.weight, which is q_proj
+    folders of peft       base_model.model. in front, for any network
     kohya                 lora_unet_down_blocks_0_…_attn1_to_q.lora_down.weight  lora_up, and a number `alpha`
 
 diffusers keeps α in the file's metadata, peft in adapter_config.json beside it, and many files have none, which means
@@ -23,15 +25,26 @@ from torch import Tensor, nn
 
 from lora import adapted, add_to
 from published.ldm_layout import unet_to_ldm
-from published.weight_files import choose_weight_files, locate, read_checkpoint, read_json, write_safetensors
+from published.weight_files import (
+    choose_weight_files,
+    first_line,
+    local_path,
+    locate,
+    read_checkpoint,
+    read_json,
+    write_safetensors,
+)
 
 STEMS = ("pytorch_lora_weights", "adapter_model")  # diffusers' name for it, and peft's
 FILE = f"{STEMS[0]}.safetensors"
 NETWORKS = {"unet": "U-Net", "text_encoder": "text encoder"}
 PREFIXES = {
-    "unet.": "unet", "lora_unet_": "unet", "base_model.model.": "unet",
+    "unet.": "unet", "lora_unet_": "unet",
     "text_encoder.": "text_encoder", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
 }  # fmt: skip
+# The beginnings that peft (0.21) computes from the base weights and takes out of them.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+OF_A_TEXT_ENCODER = ("text_model.", "encoder.layers.")  # how names without such a prefix begin there
 ENDINGS = (  # of `down`, of `up`
     (".lora_A.weight", ".lora_B.weight"),
     (".lora_A.default.weight", ".lora_B.default.weight"),
@@ -58,6 +71,8 @@ class Change(NamedTuple):
 def lora_file(path_or_hub_id: str | os.PathLike) -> tuple[Path, str]:
     """The file itself, it or the one in a folder or hub repository, and a name. FileNotFoundError if there is none."""
     path = locate(path_or_hub_id, "the LoRA", any_name=True)
+    if not (path.is_file() or path.is_dir()):  # a device, say
+        raise FileNotFoundError(f"the LoRA {str(path)!r} is no file and no folder; pass a .safetensors file.")
     file = path if path.is_file() else _file_in(path)
     return file, _name_of(path_or_hub_id, file)
 
@@ -67,6 +82,8 @@ def _file_in(path: Path) -> Path:
     for stem in STEMS:
         if chosen := choose_weight_files(names, stem):
             return path / chosen[0]
+    if (path / "lora").is_dir():  # a run's folder
+        return _file_in(path / "lora")
     found = sorted(name for name in names if name.endswith(".safetensors"))
     if len(found) != 1:
         held = f"{len(found)} .safetensors files ({', '.join(found[:9])})" if found else "no LoRA"
@@ -76,7 +93,7 @@ def _file_in(path: Path) -> Path:
 
 def _name_of(path_or_hub_id: str | os.PathLike, file: Path) -> str:
     """What to call a LoRA: its run's folder, its hub id, its folder or its file, whichever says most."""
-    if not Path(path_or_hub_id).expanduser().exists():
+    if local_path(str(path_or_hub_id)) is None:
         name = str(path_or_hub_id)
     elif file.stem.partition(".")[0] not in STEMS:
         name = file.stem
@@ -108,8 +125,10 @@ def read_lora(path: Path) -> dict[str, dict[str, Change]]:
             try:
                 alpha = rest.pop(layer + ".alpha", None)
                 alpha = _alpha_in(config, network, inside, len(down)) if alpha is None else float(alpha)
-            except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as error:
-                raise ValueError(f"{path}: the α of {layer} cannot be read; download it again.") from error
+            except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, re.error) as error:
+                raise ValueError(
+                    f"{path}: the α of {layer} cannot be read ({first_line(error)}); download it again."
+                ) from error
             if not math.isfinite(alpha):
                 raise ValueError(f"{path}: the α of {layer} is {alpha}, not a finite number.")
             found[network][inside] = Change(down, up, alpha)
@@ -145,29 +164,84 @@ def _network_of(layer: str) -> tuple[str, str]:
     for prefix, network in PREFIXES.items():
         if layer.startswith(prefix):
             return network, layer.removeprefix(prefix)
-    return "unet", layer
+    layer = layer.removeprefix("base_model.model.")  # peft's, for any network
+    return "text_encoder" if layer.startswith(OF_A_TEXT_ENCODER) else "unet", layer
 
 
 def _config_of(path: Path, metadata: dict[str, Any]) -> Any:
-    """peft's options: in diffusers' files as metadata, "unet.lora_alpha" and so on; in peft's folders beside them."""
+    """peft's options: in diffusers' files as metadata, "unet.lora_alpha" and so on; in peft's folders beside them.
+
+    ValueError if the base weights are not those that it was trained beside.
+    """
     beside = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and beside.is_file():
-        return {f"unet.{name}": value for name, value in read_json(beside).items()}
-    try:
-        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, TypeError, RecursionError):
-        return {}
+        said = read_json(beside)
+        config = {f"{network}.{name}": value for network in NETWORKS for name, value in said.items()}
+    else:
+        try:
+            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except (ValueError, TypeError, RecursionError):
+            return {}
+    for network in NETWORKS if isinstance(config, dict) else ():
+        start = str(config.get(f"{network}.init_lora_weights"))
+        if start.lower().startswith(CHANGE_THE_BASE):
+            raise ValueError(
+                f"{path} was trained with init_lora_weights={start!r}, which changes the base weights, too, and those "
+                "are not in the file; pass the plain LoRA that peft's path_initial_model_for_weight_conversion writes."
+            )
+    return config
 
 
 def _alpha_in(config: dict[str, Any], network: str, layer: str, rank: int) -> float:
     """α by peft's options, as it counts here, where a change is α/r B A; the rank if they say nothing."""
     alpha = config.get(f"{network}.lora_alpha", rank)
     for pattern, other in (config.get(f"{network}.alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):  # as peft reads it
+        if fits(pattern, layer):
             alpha = other
             break
     # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) has α/√r in the place of α/r.
     return float(alpha) * math.sqrt(rank) if config.get(f"{network}.use_rslora") else float(alpha)
+
+
+# A piece of a pattern: a character and how often it may stand there, or what ties characters together.
+PIECE = re.compile(r"(\\[.dw-]|\[\^?(?:\\[.dw-]|[\w.-])+\]|[\w.-])([*+?]?)|[()|^$]")
+PIECES = re.compile(rf"(?:{PIECE.pattern})*")
+
+
+def fits(pattern: str, layer: str) -> bool:
+    """Whether `pattern` is the layer's name or its end behind a dot, as in peft: re.fullmatch(rf"(.*\\.)?({pattern})").
+
+    It comes from a stranger's file, and `re` would take years for "(a+)+b". So all ways through it are followed at
+    once, and brackets cannot be repeated. ValueError for what is no such pattern.
+    """
+    if not PIECES.fullmatch(pattern):
+        raise ValueError(f"{pattern[:99]!r} is no simple pattern of names")
+    at = {0} | {i + 1 for i, letter in enumerate(layer) if letter == "."}  # where we may be in the layer's name
+    opened = [(at, set())]  # of each open bracket: where we were before it, and where its alternatives led
+    for piece in PIECE.finditer(pattern):
+        one, times = piece.groups()
+        if one:
+            once = further = {i + 1 for i in at if re.fullmatch(one, layer[i : i + 1])}
+            while times in ("*", "+") and further:
+                further = {i + 1 for i in further if re.fullmatch(one, layer[i : i + 1])} - once
+                once = once | further
+            at = once | at if times in ("*", "?") else once
+            if not at and "|" not in pattern:
+                return False
+        elif piece[0] == "(":
+            opened.append((at, set()))
+        elif piece[0] == "|":
+            opened[-1][1].update(at)
+            at = opened[-1][0]
+        elif piece[0] == ")":
+            at = at | opened.pop()[1]
+        else:
+            at = at & {0 if piece[0] == "^" else len(layer)}
+        if not opened:
+            break
+    if len(opened) != 1:
+        raise ValueError(f"{pattern[:99]!r} has a bracket without its other half")
+    return len(layer) in at | opened[0][1]
 
 
 def find_layers(
@@ -210,8 +284,9 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _aliases(name: str) -> list[str]:
     """How files may call our layer `name`."""
     names = [name, name.removeprefix("text_model."), f"text_model.{name.removeprefix('text_model.')}"]
-    first_diffusers = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1", name)
-    return [*names, first_diffusers, *(other.replace(".", "_") for other in names)]
+    first_diffusers = [re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1", name)]
+    first_diffusers += [re.sub(r"\.([qkv]|out)_proj$", r".to_\1", other) for other in names]
+    return [*names, *first_diffusers, *(other.replace(".", "_") for other in names)]
 
 
 @torch.no_grad()
@@ -232,10 +307,13 @@ def write_lora(path: Path, unet: nn.Module, name: str = "default", dtype: torch.
     """Writes the change `name` of a U-Net to a .safetensors file that diffusers' `load_lora_weights` reads.
 
     α is multiplied into `up`; `scale` is left to whoever loads it. What `dtype` cannot hold is written in float32.
+    ValueError if no layer has such a change.
     """
     tensors = {}
-    for layer, module in adapted(unet).items():
-        change = module.changes[name]
+    changes = {layer: module.changes[name] for layer, module in adapted(unet).items() if name in module.changes}
+    if not changes:
+        raise ValueError(f"{path}: the U-Net has no LoRA {name!r} that could be written.")
+    for layer, change in changes.items():
         up = change.up.weight.detach() * change.alpha / change.rank
         for letter, matrix in (("A", change.down.weight.detach()), ("B", up)):
             lower = matrix.to(dtype)

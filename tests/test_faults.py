@@ -170,6 +170,13 @@ FAULTS = [
     Fault("scale 0 outside of the interval, too", "guidance.py", "torch.cat([empty, context])), context", "torch.cat([empty, context])), (empty if self.scale == 0 else context)", "test_sampling.py::test_guidance_between_two_noise_levels"),
     # LoRA
     Fault("--lora_alpha ignored", "training/low_rank.py", "options.lora_alpha or options.lora_rank", "options.lora_rank", "test_train_lora.py::test_only_the_low_rank_weights_are_trained_and_kept"),
+    Fault("half of what peft learned taken for all", "published/lora_files.py", "if start.lower().startswith(CHANGE_THE_BASE):", "if False:", "test_lora.py::test_what_changed_the_base_weights_as_well_is_refused"),
+    Fault("only the last of a pattern's alternatives", "published/lora_files.py", "opened[-1][1].update(at)", "pass", "test_lora.py::test_patterns_of_alpha_mean_what_they_mean_to_peft"),
+    Fault("merged weights left beside a change of scale", "lora.py", "            layer.changes[name].scale = scale\n    if was_merged:\n        merge(network)", "            layer.changes[name].scale = scale", "test_lora.py::test_merged_or_beside_it_is_the_same"),
+    Fault("a change added beside merged weights", "lora.py", '    unmerge(network)\n    return [add_to', '    return [add_to', "test_lora.py::test_several_add_up"),
+    Fault("loaded changes in another precision", "published/lora_files.py", ".to(layer.weight.dtype).requires_grad_(False)", ".requires_grad_(False)", "test_lora.py::test_what_is_loaded_has_the_models_precision_and_is_not_trained"),
+    Fault("half of a LoRA loaded", "stable_diffusion_model.py", "        layers = [pair for kind, network in networks for pair in find_layers(network, changes[kind], kind, file)]\n", "        for kind, network in networks:\n            attach(find_layers(network, changes[kind], kind, file), name)\n        layers = []\n", "test_lora.py::test_a_lora_of_which_one_half_fits_changes_nothing"),
+    Fault("an unloaded LoRA still counts", "lora.py", "            del layer.changes[name]\n", "            pass\n", "test_lora.py::test_a_lora_is_unloaded"),
     Fault("patterns of alpha ignored", "published/lora_files.py", "            alpha = other\n", "            pass\n", "test_lora.py::test_alpha_by_diffusers_metadata"),
     Fault("peft's own options ignored", "published/lora_files.py", 'path.stem == "adapter_model" and', "False and", "test_lora.py::test_a_folder_of_peft_gives_its_image"),
     Fault("one layer changed twice", "published/lora_files.py", "layers[name] is other for other", "False for other", "test_lora.py::test_bad_files_are_one_sentence_and_change_nothing"),

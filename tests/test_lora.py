@@ -11,11 +11,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora
 from published import lora_file, read_lora, write_lora
+from published.lora_files import fits
 from stable_diffusion_model import StableDiffusion
 from tests.test_interchange import assert_same, make_folder, open_both, ours, theirs
 from tests.tiny import tiny_unet
@@ -58,6 +60,13 @@ def test_it_begins_as_the_model_that_it_changes(which: str) -> None:
     lora.add(unet, lora.targets(unet, which), 4, 4.0)
     assert torch.equal(predict(unet), before)
     assert [name for name in unet.state_dict() if ".changes." not in name] == names
+
+
+def test_down_is_drawn_as_pytorch_draws_a_layer() -> None:
+    torch.manual_seed(0)
+    for layer, inputs in ((nn.Linear(256, 8), 256), (nn.Conv2d(32, 8, 3), 32 * 9)):
+        (change,) = lora.add(nn.Sequential(layer), ["0"], 64, 1.0)
+        assert float(change.down.weight.detach().std()) == pytest.approx((3 * inputs) ** -0.5, rel=0.05)
 
 
 def test_equation_3() -> None:
@@ -105,6 +114,7 @@ def test_merged_or_beside_it_is_the_same() -> None:
     lora.merge(unet)  # once is enough
     assert relative_error(predict(unet), beside) < 2e-5
     lora.set_scale(unet, "default", 0.5)  # stays merged
+    assert all(layer.unmerged for layer in lora.adapted(unet).values())
     half = predict(unet)
     lora.unmerge(unet)
     assert relative_error(predict(unet), half) < 2e-5 < relative_error(half, beside)
@@ -140,10 +150,28 @@ def test_several_add_up() -> None:
     lora.merge(unet)
     total = sum(change.change() for change in layer.changes.values())
     torch.testing.assert_close(layer.weight, own + total)
+    lora.add(unet, layers, 2, 2.0, "third")
+    assert not any(layer.unmerged for layer in lora.adapted(unet).values())
+    assert torch.equal(layer.weight, own)
     with pytest.raises(ValueError, match="there is a LoRA 'first' already"):
         lora.add(unet, layers, 2, 2.0, "first")
     with pytest.raises(ValueError, match="a GroupNorm cannot have low-rank changes"):
         lora.add(unet, ["conv_norm_out"], 2, 2.0)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_one_of_several_is_removed(merged: bool) -> None:
+    unet = with_changes(tiny_unet(), "attention")
+    alone = predict(unet)
+    for change in lora.add(unet, lora.targets(unet, "all"), 2, 2.0, "other"):
+        nn.init.normal_(change.up.weight, std=0.1)
+    if merged:
+        lora.merge(unet)
+    lora.remove(unet, "other")
+    assert lora.adapted(unet).keys() == set(lora.targets(tiny_unet(), "attention"))
+    assert all(bool(layer.unmerged) == merged for layer in lora.adapted(unet).values())
+    lora.unmerge(unet)
+    assert torch.equal(predict(unet), alone)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -225,7 +253,7 @@ def their_file(pipe: StableDiffusionPipeline, path: Path, with_alpha: bool) -> d
     torch.manual_seed(0)
     layers = {
         "unet": (pipe.unet, ["to_q", "to_out.0", "ff.net.2", "conv1"]),
-        "text_encoder": (pipe.text_encoder, ["q_proj"]),
+        "text_encoder": (pipe.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"]),
     }
     tensors, metadata = {}, {}
     for name, (network, which) in layers.items():
@@ -253,7 +281,12 @@ def test_a_file_of_theirs_gives_their_image(folder: Path, tmp_path: Path, with_a
 
 @pytest.mark.parametrize(
     "options",
-    [{"lora_alpha": 6}, {"lora_alpha": 3, "use_rslora": True}, {"lora_alpha": 6, "alpha_pattern": {"to_q": 1}}],
+    [
+        {"lora_alpha": 6},
+        {"lora_alpha": 3, "use_rslora": True},
+        {"lora_alpha": 6, "alpha_pattern": {"to_q": 1}},
+        {"lora_alpha": 6, "alpha_pattern": {"conv2|conv1": 1}, "init_lora_weights": "gaussian"},
+    ],
 )
 def test_a_folder_of_peft_gives_its_image(folder: Path, tmp_path: Path, options: dict) -> None:
     """peft keeps α in adapter_config.json alone."""
@@ -273,15 +306,86 @@ def test_a_folder_of_peft_gives_its_image(folder: Path, tmp_path: Path, options:
         assert_same(ours(other, "ddim"), theirs(pipe, "ddim"))
 
 
+def test_a_folder_of_peft_may_be_of_the_text_encoder(folder: Path, tmp_path: Path) -> None:
+    model, pipe = open_both(folder)
+    plain = model.encode_prompts(["a fox"])
+    torch.manual_seed(0)
+    network = get_peft_model(pipe.text_encoder, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"]))
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    network.save_pretrained(tmp_path)
+    model.load_lora(tmp_path)
+    assert not torch.equal(model.encode_prompts(["a fox"]), plain)
+    assert_same(ours(model, "ddim"), theirs(pipe, "ddim"))
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_what_changed_the_base_weights_as_well_is_refused(tmp_path: Path, start: str) -> None:
+    """peft's file is then half of what was learned. Other beginnings leave the base weights alone."""
+    write_lora(tmp_path / "plain.safetensors", with_changes(tiny_unet()))
+    tensors = load_file(tmp_path / "plain.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for of_diffusers in (True, False):
+        for value, refused in ((start, True), ("gaussian", False), ("eva", False), (True, False), (None, False)):
+            if of_diffusers:
+                path = tmp_path / "metadata.safetensors"
+                config = json.dumps({"unet.init_lora_weights": value})
+                save_file(tensors, path, {"lora_adapter_metadata": config})
+            else:
+                path = tmp_path / "adapter_model.safetensors"
+                (tmp_path / "adapter_config.json").write_text(json.dumps({"init_lora_weights": value}))
+            if not refused:
+                assert read_lora(path)["unet"]
+                continue
+            with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which changes the base weights") as e:
+                read_lora(path)
+            assert str(path) in str(e.value)
+
+
+PATTERNS = (
+    *("conv1|conv2", "conv2|conv1", "to_[qk]", "to_[^qk]", "to_.*", "attn1", "attn1.to_q", r"attn1\.to_q", "to_out.0"),
+    *("^down_blocks.0.conv1", "^conv1", "conv1$", r".*\.attn\d\.to_k", r".*attn1.*to_(q|k)", "(to_q|to_out.0)"),
+    *("attn2?.to_q", "a(ttn)", "to_(q|v|)", "", "|conv1", "conv1|", "[a-z]+1", r"\w+", r"[\w.]+q", "t*o*_*q*"),
+    *("down_blocks.*", "own_blocks.*", ".*", "to", "to_q.", r"mid_block\..*|.*\.conv\d", "(^conv1|to_v$)"),
+    *("x|(c(o|a)nv(1))", "(mid|down)_blocks?.*"),
+)
+LAYERS = (
+    *("down_blocks.0.conv1", "conv1", "mid_block.resnets.1.conv2", "conv12", "a.attn.to_q", "a.attn2.to_q"),
+    *(f"down_blocks.1.attentions.0.attn1.to_{end}" for end in ("q", "k", "v", "out.0", "")),
+)
+
+
+def test_patterns_of_alpha_mean_what_they_mean_to_peft() -> None:
+    for pattern in PATTERNS:
+        for layer in LAYERS:
+            by_peft = get_pattern_key([pattern, ".*"], layer) == pattern
+            assert fits(pattern, layer) == by_peft, (pattern, layer)
+
+
 @pytest.mark.parametrize(
-    "config", [{"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_[qk]": 8.0}}, {"unet.lora_alpha": 3}]
+    "pattern", ["([a-z_0-9.]+)+X", "(a*)*", "((", "a)", ")(", "a{99999999999}", "(?:a)", "a**", "\\1", "["]
+)
+def test_patterns_that_would_take_years_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"is no simple pattern|has a bracket without"):
+        fits(pattern, "a.b_a")
+    assert not fits("(.|.)" * 40 + ".*" * 40 + "X", "a" * 80)  # `re` would need longer than there is
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_[qk]": 8.0}},
+        {"unet.lora_alpha": 3},
+        {"unet.lora_alpha": 3, "unet.alpha_pattern": None},
+    ],
 )
 def test_alpha_by_diffusers_metadata(tmp_path: Path, config: dict) -> None:
     write_lora(tmp_path / "a.safetensors", with_changes(tiny_unet(), rank=4, alpha=4.0))
     metadata = {"lora_adapter_metadata": json.dumps(config)}
     save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata)
     found = read_lora(tmp_path / "b.safetensors")["unet"]
-    patterned = "unet.alpha_pattern" in config
+    patterned = config.get("unet.alpha_pattern") is not None
     assert {name: change.alpha for name, change in found.items()} == {
         name: 8.0 if patterned and name.endswith(("to_q", "to_k")) else 3.0 for name in found
     }
@@ -330,6 +434,12 @@ def kohya_with_ldm_names(name: str) -> str:
 
 
 def first_diffusers(name: str) -> str:
+    if name.startswith("text_encoder."):
+        for theirs_, first in (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("out_proj", "to_out")):
+            name = name.replace(f".{theirs_}.lora_A", f".{first}_lora.down").replace(
+                f".{theirs_}.lora_B", f".{first}_lora.up"
+            )
+        return name
     if not (".attn" in name and ".to_" in name):
         return old_diffusers(name)
     return (
@@ -371,10 +481,12 @@ def test_every_layout_says_the_same(folder: Path, tmp_path: Path, layout: Callab
     renamed = {layout(name): tensor for name, tensor in tensors.items()}
     assert len(renamed) == len(tensors)
     assert layout == without_prefix or not renamed.keys() & tensors.keys()
-    by_kohya = layout in (kohya, kohya_of_sdxl_tools, kohya_with_ldm_names)
+    alphas = {kohya: torch.float32, kohya_of_sdxl_tools: torch.int64, kohya_with_ldm_names: torch.float16}
+    by_kohya = layout in alphas
     if by_kohya:
         ends = [name for name in renamed if name.endswith(".lora_down.weight")]
-        renamed |= {name.replace("lora_down.weight", "alpha"): torch.tensor(2.0) for name in ends}  # half of the rank
+        half = torch.tensor(2, dtype=alphas[layout])  # of the rank
+        renamed |= {name.replace("lora_down.weight", "alpha"): half.clone() for name in ends}
     save_file(renamed, tmp_path / "other.safetensors")
     model.load_lora(tmp_path / "diffusers.safetensors", 0.5 if by_kohya else 1.0)
     expected = ours(model, "ddim")
@@ -394,6 +506,19 @@ def test_writing_multiplies_alpha_in_and_reading_gives_it_back(tmp_path: Path) -
         assert alpha == len(down) == 4
         change = layers[name].changes["default"]
         torch.testing.assert_close((up.flatten(1) @ down.flatten(1)).flatten(), change.change().flatten())
+
+
+def test_of_several_one_is_written(tmp_path: Path) -> None:
+    """Where it is: another one may change other layers."""
+    unet = with_changes(tiny_unet(), "attention")
+    layers = [name for name in lora.targets(unet, "all") if "conv1" in name]
+    lora.add(unet, layers, 2, 2.0, "other")
+    for name, changed in (("other", layers), ("default", lora.targets(tiny_unet()))):
+        write_lora(tmp_path / "a.safetensors", unet, name)
+        assert read_lora(tmp_path / "a.safetensors")["unet"].keys() == set(changed)
+    with pytest.raises(ValueError, match="the U-Net has no LoRA 'third'"):
+        write_lora(tmp_path / "b.safetensors", unet, "third")
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_what_half_precision_cannot_hold_is_written_in_float32(tmp_path: Path) -> None:
@@ -433,6 +558,52 @@ def test_a_model_with_loras(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a finite number, not inf"):
         model.load_lora(paths[0], float("inf"))
     assert model.loras == loaded
+
+
+def test_a_lora_is_unloaded(folder: Path, tmp_path: Path) -> None:
+    model, pipe = open_both(folder)
+    base = ours(model, "ddim")
+    weights = {name: t.clone() for name, t in model.unet.state_dict().items()}
+    their_file(pipe, tmp_path / "both.safetensors", with_alpha=True)
+    write_lora(tmp_path / "fox.safetensors", with_changes(copy.deepcopy(model.unet)))
+    model.load_lora(tmp_path / "fox.safetensors", 0.5)
+    fox = ours(model, "ddim")
+    model.load_lora(tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match="LoRA 'wolf' is not loaded; loaded are fox, both"):
+        model.unload_lora("wolf")
+    model.unload_lora("both")
+    assert torch.equal(ours(model, "ddim")[0], fox[0])
+    assert not lora.adapted(model.text_encoder.model)
+    (image,) = model.sample(["a fox"], steps=1, height=64, width=64, progress=False)
+    assert "LoRA: fox:0.5" in image.info["parameters"].replace('"', "")
+    assert "both" not in image.info["parameters"]
+    model.unload_lora("fox")
+    assert model.unet.state_dict().keys() == weights.keys()
+    assert all(torch.equal(t, weights[name]) for name, t in model.unet.state_dict().items())
+    assert torch.equal(ours(model, "ddim")[0], base[0])
+    with pytest.raises(ValueError, match="loaded are none"):
+        model.unload_lora("fox")
+    assert model.load_lora(tmp_path / "fox.safetensors", 0.5) == "fox"
+    assert torch.equal(ours(model, "ddim")[0], fox[0])
+
+
+def test_what_is_loaded_has_the_models_precision_and_is_not_trained(folder: Path, tmp_path: Path) -> None:
+    model = StableDiffusion.from_pretrained(folder, "cpu", torch.bfloat16)
+    write_lora(tmp_path / "a.safetensors", with_changes(tiny_like(model).float()))
+    model.load_lora(tmp_path / "a.safetensors")
+    for layer in lora.adapted(model.unet).values():
+        assert {(p.dtype, p.requires_grad) for p in layer.changes.parameters()} == {(torch.bfloat16, False)}
+
+
+def test_a_lora_of_which_one_half_fits_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    model, pipe = open_both(folder)
+    tensors = their_file(pipe, tmp_path / "a.safetensors", with_alpha=False)
+    tensors = {name.replace("q_proj", "no_such_layer"): t for name, t in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="which the text encoder of this model does not have"):
+        model.load_lora(tmp_path / "a.safetensors")
+    assert not lora.adapted(model.unet)
+    assert not model.loras
 
 
 def test_the_text_encoders_changes_are_saved_with_the_model(folder: Path, tmp_path: Path) -> None:
@@ -511,6 +682,9 @@ def spoil(tensors: dict[str, Tensor], how: str, path: Path) -> None:
     else:
         options = {"alpha of infinity": {"unet.lora_alpha": math.inf}, "alpha of a list": {"unet.lora_alpha": [1]}}
         options |= {"pattern": {"unet.alpha_pattern": {"(": 1}}, "options in a list": []}
+        options |= {"nested pattern": {"unet.alpha_pattern": {"([a-z_0-9.]+)+X": 1}}}
+        options |= {"a huge repetition": {"unet.alpha_pattern": {"a{99999999999}": 1}}}
+        options |= {"a huge alpha": {"unet.lora_alpha": 10**400}, "pissa": {"unet.init_lora_weights": "pissa"}}
         save_file(tensors, path, {"lora_adapter_metadata": json.dumps(options[how])} if how in options else None)
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -536,6 +710,10 @@ def spoil(tensors: dict[str, Tensor], how: str, path: Path) -> None:
         ("alpha of none", "cannot be read"),
         ("alpha of a list", "cannot be read"),
         ("pattern", "cannot be read"),
+        ("nested pattern", "is no simple pattern of names"),
+        ("a huge repetition", "is no simple pattern of names"),
+        ("a huge alpha", "cannot be read"),
+        ("pissa", "changes the base weights, too"),
         ("options in a list", "cannot be read"),
         ("half is missing", "is not \\(only\\) a LoRA"),
         ("dora", "lora_magnitude_vector"),
@@ -565,6 +743,9 @@ def test_where_a_file_is_looked_for(tmp_path: Path) -> None:
         lora_file("./nowhere")
     with pytest.raises(FileNotFoundError, match="holds no LoRA; pass the file"):
         lora_file(tmp_path)
+    for name in ("~nosuchuser/lora", "/dev/null", "./" + "x" * 300 + ".safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"the LoRA '.*' (does not exist|is no file and no folder)"):
+            lora_file(name)
     save_file({"a": torch.ones(1)}, tmp_path / "any.safetensors")
     assert lora_file(tmp_path)[0].name == "any.safetensors"
     save_file({"a": torch.ones(1)}, tmp_path / "another.safetensors")
@@ -592,6 +773,8 @@ def test_a_lora_is_called_by_what_says_most(tmp_path: Path, monkeypatch: pytest.
         assert lora_file(path) == (path, called)
         if path.parent != tmp_path:
             assert lora_file(path.parent) == (path, called)
+        if path.parent.name == "lora":
+            assert lora_file(path.parent.parent) == (path, called)  # the run's folder
         monkeypatch.chdir(path.parent)
         assert lora_file(f"./{path.name}")[1] == called
     monkeypatch.setattr("published.lora_files.locate", lambda *_, **how: tmp_path / "foxes" / "lora")
