@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from pokemon_dataset import load_captioned_images
 from tests.tiny import tiny_text_encoder, tiny_vae
@@ -576,6 +576,35 @@ def test_bad_parquet_is_one_sentence(folder: Path, kind: str) -> None:
     with pytest.raises(UserError, match=reason) as caught:
         load_captioned_images(str(folder))
     assert "\n" not in str(caught.value)
+
+
+HEIC = b"\0\0\0\x24ftypheic" + bytes(400)
+
+
+def test_photos_that_cannot_be_read_are_named(folder: Path, models: tuple) -> None:
+    """A telephone's: not passed over, as a film or a note is."""
+    (folder / "good.txt").unlink()
+    for name in ("a.HEIC", "b.jxl", "c"):
+        (folder / name).write_bytes(HEIC)
+    for name in ("film.mov", "LICENSE", "notes.txt"):
+        (folder / name).write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"3 of 4 images cannot be used: .*a\.HEIC \(no PNG.*b\.jxl .*/c \(no PNG"):
+        load_and_prepare(folder, models, caption="a monster")
+    with pytest.warns(UserWarning, match="3 of 4 .* left out"):
+        assert len(load_and_prepare(folder, models, on_bad_image="skip", caption="a monster")) == 1
+    (folder / "good.png").unlink()
+    with pytest.raises(UserError, match="3 of 3 images cannot be used"):
+        load_and_prepare(folder, models, caption="a monster")
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "b", "c", "d", "e", "f", "g.avif"])
+def test_images_under_other_names_are_read(folder: Path, models: tuple, name: str) -> None:
+    kinds = {"b": "PNG", "c": "GIF", "d": "WEBP", "e": "TIFF", "g.avif": "AVIF"}
+    if name == "g.avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    (folder / name).write_bytes(in_format(Image.new("RGB", (20, 20), BLUE), kinds.get(name, "JPEG")))
+    (folder / "good.txt").unlink()
+    assert len(load_and_prepare(folder, models, caption="a monster")) == 2
 
 
 def test_parquet_with_holes(folder: Path, models: tuple) -> None:

@@ -169,6 +169,26 @@ def test_one_caption_for_all(folder: Path) -> None:
     assert list(found["text"]) == ["a photo of sks monster"] * 3
 
 
+@pytest.mark.parametrize("more", [{}, {"label": 3}], ids=["names alone", "labels"])
+def test_one_caption_for_all_that_a_metadata_file_names(folder: Path, more: dict) -> None:
+    rows = [json.dumps({"file_name": name, **more}) for name in ("red.png", "blue.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"no column is called text, en_text, caption; .* --caption\."):
+        load_captioned_images(str(folder))
+    with pytest.raises(UserError, match=r"--caption_column text: .* has the columns"):
+        load_captioned_images(str(folder), caption_column="text", caption="a monster")
+    with pytest.warns(UserWarning, match="1 images stand in no metadata file"):
+        found = load_captioned_images(str(folder), caption="a monster")
+    assert [Path(cell["path"]).name for cell in found["image"]] == ["red.png", "blue.png"]
+    assert list(found["text"]) == ["a monster"] * 2
+
+
+def test_captions_of_its_own_are_not_overruled(folder: Path) -> None:
+    for column in (None, "text"):
+        with pytest.raises(UserError, match=r"--caption: .* has captions of its own .*metadata\.jsonl"):
+            load_captioned_images(str(folder), caption_column=column, caption="a monster")
+
+
 def test_caption_column_is_found_or_named(folder: Path) -> None:
     lines = [json.dumps({"file_name": name, "zh_text": "红", "en_text": text}) for name, text in CAPTIONS.items()]
     (folder / "metadata.jsonl").write_text("\n".join(lines))

@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from training.image_files import is_image
 from training.script import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 OTHER_DATA = {".parquet", ".arrow", ".tar", ".zip", ".gz", ".json", ".jsonl", ".csv"}  # `datasets` may know what it is
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "en_text", "caption")  # tried in this order when --caption_column is not given
@@ -37,19 +37,17 @@ def read_folder(
     files = list(_walk(folder))
     suffixes = {os.path.splitext(path)[1].lower() for path in files}
     metadata = [path for path in files if os.path.basename(path).lower() in METADATA]
-    if suffixes & {".parquet", ".arrow"} or (not (suffixes & IMAGE_SUFFIXES or metadata) and suffixes & OTHER_DATA):
+    images = [path for path in files if is_image(path)]
+    if suffixes & {".parquet", ".arrow"} or (not (images or metadata) and suffixes & OTHER_DATA):
         return None
-    images = [path for path in files if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
     if metadata:
-        captions = _captions_of_metadata(folder, metadata, caption_column)
+        captions = _captions_of_metadata(folder, metadata, caption_column, caption)
     elif caption_column is not None:
         raise UserError(f"--caption_column {caption_column}: {folder} has no metadata.jsonl or .csv with columns.")
     elif not images:
         raise UserError(f"--dataset {folder}: there are no images in this folder.")
     else:
         captions = _captions_of_texts(folder, images, files, caption)
-    if metadata and caption is not None:
-        raise UserError(f"--caption: {folder} has captions of its own ({metadata[0]}); leave the option out.")
     paths = _of_split(folder, list(captions), split)
     if metadata and (left_out := len(set(images) - captions.keys())):
         warnings.warn(f"{folder}: {left_out} images stand in no metadata file and are left out.", stacklevel=3)
@@ -139,8 +137,13 @@ def _read_text(path: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _captions_of_metadata(folder: str, metadata: list[str], caption_column: str | None) -> dict[str, str]:
-    """Path → caption, in the order of the lines; one UserError for all problems."""
+def _captions_of_metadata(
+    folder: str, metadata: list[str], caption_column: str | None, caption: str | None
+) -> dict[str, str]:
+    """Path → caption, in the order of the lines; one UserError for all problems.
+
+    `caption` is for all, of a file without captions.
+    """
     folders = [os.path.dirname(path) for path in metadata]
     if doubled := [path for path in metadata if folders.count(os.path.dirname(path)) > 1]:
         raise UserError(f"{doubled[0]}: there is {os.path.basename(doubled[1])} beside it; remove one of the two.")
@@ -148,13 +151,15 @@ def _captions_of_metadata(folder: str, metadata: list[str], caption_column: str 
     columns = list(dict.fromkeys(name for _, _, row in lines for name in row))
     wanted = [caption_column] if caption_column else CAPTION_COLUMNS
     column = next((name for name in wanted if name in columns), None)
-    if column is None:
+    if column is not None and caption is not None:
+        raise UserError(f"--caption: {folder} has captions of its own ({metadata[0]}); leave the option out.")
+    if column is None and (caption is None or caption_column):
         others = ", ".join(str(name) for name in columns if name != "file_name") or "no others"
         raise UserError(
             f"--caption_column {caption_column}: {metadata[0]} has the columns {others}."
             if caption_column
             else f"{metadata[0]}: no column is called {', '.join(CAPTION_COLUMNS)}; it has {others}: choose one with "
-            "--caption_column."
+            "--caption_column; or train_stable_diffusion.py gives all images one caption, with --caption."
         )
     captions: dict[str, str] = {}
     first_lines: dict[str, str] = {}
@@ -162,7 +167,7 @@ def _captions_of_metadata(folder: str, metadata: list[str], caption_column: str 
     for path, number, row in lines:
         here = f"{path}, line {number}"
         try:
-            image, text = _image_of(row, folder, path), _text_of(row, column)
+            image, text = _image_of(row, folder, path), _text_of(row, column) if column else caption
             if image in captions:
                 first = first_lines[image].removeprefix(f"{path}, ")
                 raise UserError(f"{row['file_name']} stands already in {first}")

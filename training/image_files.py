@@ -5,6 +5,7 @@ A cell is what the `image` column of a data set holds undecoded: {"bytes": …, 
 
 import hashlib
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -18,13 +19,33 @@ from training.background import Progress, decoding_threads, in_order
 from training.reproducible import Processes
 from training.script import UserError
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no EPS, for which Pillow starts Ghostscript
+_SUFFIXES = Image.registered_extensions()  # of what this Pillow reads, such as ".jfif": "JPEG"
+_AVIF = ("AVIF",) * (".avif" in _SUFFIXES)  # since Pillow 11.3
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", *_AVIF, "BMP", "GIF", "TIFF")  # no EPS, for which Pillow starts Ghostscript
+# What is called an image. Photos that cannot be read are among them: they shall be named, not passed over.
+IMAGE_SUFFIXES = {suffix for suffix, name in _SUFFIXES.items() if name in IMAGE_FORMATS}
+IMAGE_SUFFIXES |= {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2"}
+# How these files begin; for those without a suffix. Not BMP, whose two letters could begin a text.
+_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 MOST_PIXELS = 89_478_485  # of an image, 9,459 × 9,459, above which Pillow warns; what claims more is not unpacked
 LISTED = 20  # files that a message lists by name
 
 
 class BadImageError(UserError):
     """Why a file cannot be used as an image: the reason alone, without the file's name."""
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its suffix or, if it has none, by how it begins; it may be damaged all the same."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix:
+        return suffix in IMAGE_SUFFIXES
+    try:
+        with open(path, "rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith(_BEGINNINGS) or start[8:] == b"WEBP" or start[4:] in (b"ftypheic", b"ftypmif1", b"ftypavif")
 
 
 def content_of(cell: dict | None) -> bytes:
