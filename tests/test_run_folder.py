@@ -157,8 +157,8 @@ def test_a_full_disk_is_said_before_writing_with_what_is_needed(
 ) -> None:
     folder.save_checkpoint(state(1), keep=1)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
-    with pytest.raises(UserError, match=r"takes 0\.00 GB and the disk has 0\.00 GB left"):
-        folder.save_checkpoint(state(2), keep=1)
+    with pytest.raises(UserError, match=r"takes 5\.00 MB and the disk has 0\.00 MB left"):
+        folder.save_checkpoint(state(2) | {"more": torch.zeros(1_250_000)}, keep=1)
     assert names(folder) == ["step_00000001.pt"] and load_checkpoint(folder.path, CPU)["step"] == 1
 
 

@@ -141,7 +141,10 @@ def split_images(count: int, share: float, seed: int, device: torch.device) -> t
     """Indices of the images to train on and of those held out; the same in every run with this seed."""
     held_out = math.ceil(count * share)
     if held_out >= count:
-        raise UserError(f"--validation_share {share}: of {count} images, {count - held_out} would be left to train on.")
+        raise UserError(
+            f"--validation_share {share}: of {count} image{'s' * (count > 1)}, none would be left to train on; "
+            "--validation_share 0 holds none out."
+        )
     order = torch.randperm(count, generator=generator_for(torch.device("cpu"), seed, "split")).to(device)
     return order[held_out:], order[:held_out]
 

@@ -295,7 +295,7 @@ class RunFolder:
         with atomically(path) as temporary:
             if needed > free:
                 raise UserError(
-                    f"{path}: a checkpoint takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; "
+                    f"{path}: a checkpoint takes {_size(needed)} and the disk has {_size(free)} left; "
                     "earlier ones are untouched: make room and go on with --resume."
                 )
             try:
@@ -407,3 +407,8 @@ def environment() -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"command": command, "versions": versions, "commit": commit or "unknown", "hardware": device}
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
