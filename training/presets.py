@@ -29,14 +29,14 @@ class UNetOptions:
     split: str = option("train", "split of the data set", fixed=True)
     revision: str | None = option(None, "revision of a data set on the hub", fixed=True)
     caption_column: str | None = option(None, "column with the captions; default: text, en_text or caption. CLIP reads English", fixed=True)
-    caption: str | None = option(None, "one caption for all images of a folder that has none", fixed=True)
+    caption: str | None = option(None, "one caption for all images of a data set that has none", fixed=True)
     on_bad_image: str = option("error", "error or skip: what to do about files that cannot be read", fixed=True, choices=("error", "skip"))
     resolution: int = option(512, "side of the images in pixels, divisible by 8", fixed=True, at_least=8, at_most=4096)
     mirror: bool = option(True, "mirror half of the images; not if captions say left", fixed=True)
     validation_share: float = option(0.05, "share of the images held out to measure the validation loss; 0 = none", fixed=True, at_least=0, below=1)
 
-    vae: str | None = option(None, "VAE: file, folder or hub id; default: the preset's, or --pretrained's own", fixed=True, group="what it starts from")
-    text_encoder: str | None = option(None, "CLIP: folder or hub id; default: the preset's, or --pretrained's own", fixed=True)
+    vae: str | None = option(None, "VAE: file, folder or hub id; default: the preset's, or --pretrained's own (always that for a LoRA)", fixed=True, group="what it starts from")
+    text_encoder: str | None = option(None, "CLIP: folder or hub id; default: the preset's, or --pretrained's own (always that for a LoRA)", fixed=True)
     pretrained: str | None = option(None, "start from this whole model: folder, hub id or single file", fixed=True)
     output_dir: str = option("stable_diffusion_results/pokemon", "the run folder")
     resume: bool = option(False, "go on with the run in --output_dir from its last checkpoint")
@@ -198,10 +198,10 @@ PARTS = {
     "lora": _PUBLISHED,
 }  # where no --pretrained brings them
 
-WITHOUT_HUB = (
-    f"; or take what ships: --vae {_SHIPPED['vae']} --text_encoder {_SHIPPED['text_encoder']}, or go on from a whole model: "
-    f"--pretrained {_HERE / 'stable_diffusion_results' / 'monsters' / 'model'}."
+_WHOLE = (
+    f"go on from the whole model that ships: --pretrained {_HERE / 'stable_diffusion_results' / 'monsters' / 'model'}."
 )
+_IN_PARTS = f"take what ships: --vae {_SHIPPED['vae']} --text_encoder {_SHIPPED['text_encoder']}"
 
 
 def what_to_do(options: UNetOptions) -> str:
@@ -209,7 +209,7 @@ def what_to_do(options: UNetOptions) -> str:
     quickstart = PRESETS["turquoise"]["pretrained"]
     if options.pretrained == quickstart and not Path(quickstart).exists():
         return "; train it first: --preset monsters."
-    return WITHOUT_HUB
+    return f"; or {_WHOLE}" if options.pretrained else f"; or {_IN_PARTS}, or {_WHOLE}"
 
 
 def check_objective(options: UNetOptions, schedule: "NoiseSchedule") -> None:
