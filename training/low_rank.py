@@ -19,9 +19,20 @@ from training.script import UserError
 
 
 def check(options: UNetOptions) -> None:
-    """UserError for options that make no sense together with --lora_rank."""
+    """UserError for options that make no sense together with --lora_rank, or without it."""
     if not options.lora_rank:
+        for name, off in (("lora_alpha", 0), ("lora_layers", "attention")):
+            if getattr(options, name) != off:
+                raise UserError(
+                    f"--{name}: without --lora_rank all weights are trained; give a rank, or leave the option out."
+                )
         return
+    for name in ("vae", "text_encoder"):
+        if getattr(options, name):
+            raise UserError(
+                f"--{name}: only the LoRA is saved, and sampled with what --pretrained holds; leave the option out, or "
+                f"pass a --pretrained that has this one (set model.{name} and call model.save_pretrained)."
+            )
     if not options.pretrained:
         raise UserError("--lora_rank: LoRA changes a model that is trained already; say which with --pretrained.")
     if options.ema_on_cpu:
@@ -50,6 +61,13 @@ def load_trained(network: nn.Module, state: dict[str, Tensor], trained: set[str]
     if state.keys() != trained:
         odd = min(state.keys() ^ trained)
         raise RuntimeError(f"{odd} is in one of them only")
+    own = network.state_dict()
+    for name, tensor in state.items():
+        there, here = tuple(tensor.shape), tuple(own[name].shape)
+        if there != here:
+            is_rank = name.endswith(".down.weight") and there[0] != here[0]
+            odd = f"a LoRA of rank {there[0]}, not {here[0]}" if is_rank else f"{name} is {there}, not {here}"
+            raise RuntimeError(odd)
     network.load_state_dict(state, strict=False)
 
 

@@ -160,6 +160,7 @@ def forecast(
     """
     on_cpu = device.type == "cpu"
     trained = bytes_of(unet, trained_only=True)
+    is_lora = trained < bytes_of(unet)
     kernels = device.type if device.type == "cuda" else "cpu"  # whose autocast and attention are rehearsed
     try:
         step = rehearse_step(unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels, adapt)
@@ -180,8 +181,9 @@ def forecast(
         "--gradient_checkpointing": not checkpointing,
         f"--gradient_accumulation {micro_batches * latents[0]}": latents[0] > 1,
         "--precision bfloat16": precision == torch.float32 and latents[0] > 1,  # for one image, its copies weigh more
-        "--ema_decay 0": bool(parts["EMA"]),
-        "--ema_on_cpu": bool(parts["EMA"]) and not on_cpu,
+        "--ema_decay 0": bool(parts["EMA"]) and not is_lora,  # a LoRA's average is small, and stays where it is
+        "--ema_on_cpu": bool(parts["EMA"]) and not is_lora and not on_cpu,
+        "a lower --resolution": is_lora,
     }
     helpful = [option for option, helps in remedies.items() if helps] or ["a lower --resolution"]
     return Forecast(parts, "machine" if on_cpu else "GPU", memory_of(device), helpful, rehearsed=step is not None)
