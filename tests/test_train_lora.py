@@ -156,7 +156,7 @@ def test_gradient_checkpointing_reaches_the_network(base: Path, tmp_path: Path, 
     assert seen == [wanted == "yes"]
 
 
-@pytest.mark.parametrize("other", [["--lora_layers", "all"], ["--lora_alpha", "3"], ["--lora_rank", "4"]])
+@pytest.mark.parametrize("other", [["--lora_layers", "all"], ["--lora_alpha", "3"], ["--lora_rank", "4"]], ids=["layers", "alpha", "rank"])
 def test_what_a_lora_is_stays(base: Path, tmp_path: Path, other: list[str]) -> None:
     train(base, tmp_path / "run", "--max_steps", "3")
     with pytest.raises(UserError, match=f"{other[0]} .*a resumed run may change only"):
