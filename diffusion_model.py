@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TimestepEmbedding(nn.Module):
-    """Timesteps (N,) → sinusoids (N, C) → two linear layers → (N, 4C) (Transformer positions; DDPM, Appendix B)."""
+    """Timesteps (N,) → sinusoids (N, C) → two linear layers → (N, 4C) (DDPM, Appendix B)."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -33,7 +33,10 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(out_channels, out_channels)
 
     def sinusoids(self, timesteps: Tensor) -> Tensor:
-        """cos and sin at C/2 geometric frequencies, in float32 whatever the model's type: 999 is not exact in bf16."""
+        """cos and sin at C/2 geometric frequencies (Vaswani et al. 2017, Section 3.5; DDPM, Appendix B).
+
+        In float32 whatever the model's type: 999 is not exact in bf16.
+        """
         half = self.channels // 2
         exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
         angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)  # (N, C/2)
@@ -103,7 +106,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from x (N, hw, C) to a context (N, L, D), or to x itself when there is none → (N, hw, C)."""
+    """Multi-head attention from x (N, hw, C) to a context (N, L, D), or to x itself if there is none → (N, hw, C).
+
+    Rombach et al. 2022, Section 3.3.
+    """
 
     def __init__(self, channels: int, context_dim: int | None, heads: int) -> None:
         super().__init__()

@@ -117,7 +117,11 @@ class PatchDiscriminator(nn.Module):
 
 
 def reconstruction_loss(reconstruct: nn.Module, images: Tensor, options: Options) -> dict[str, Tensor]:
-    """Images (N, 3, H, W) → a dict: the total loss, L1, KL, and the reconstruction `made`."""
+    """Images (N, 3, H, W) → a dict: the total loss, L1, KL, and the reconstruction `made`.
+
+    Kingma & Welling 2014, Equation 10, with L1 and L2 as the likelihood; a small weight of the KL as in Rombach et al.
+    2022, Section 3.1.
+    """
     made, kl = reconstruct(images)
     l1, l2 = (made - images).abs().mean(), (made - images).square().mean()
     kl = kl.sum() / images.numel()  # per pixel value, so that the weight means the same at every size

@@ -1,7 +1,9 @@
 """No drift: the numbers in READMEs and on pages are those of the JSON and CSV files that are committed beside them."""
 
+import ast
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,9 @@ def test_the_report_of_the_shipped_model() -> None:
     obeyed = report["obedience"]
     for number in (obeyed["r_precision"], obeyed["on_white_in_the_colour"]):
         assert f"{number:.0%}" in README.replace(" %", "%")
+    of_real_images = report["attributes"]["real_images"]
+    patterns, tails = (of_real_images[name]["obeyed"] for name in ("pattern", "tail"))
+    assert f"hardly tells even in real drawings ({patterns:.0%} and {tails:.0%} right)" in README.replace(" %", "%")
     named = {row[0] for row in rows(in_words(report))} - {"", "---", "all"}
     shown = {row for row in rows(README) if row[0] in named}
     assert shown and shown <= rows(in_words(report))
@@ -107,6 +112,50 @@ def test_the_report_on_real_images() -> None:
     text = " ".join(" ".join(row) for row in rows(ABOUT_RESULTS))
     for kind in ("nearest_training_image", "nearest_training_image_of_other_training_images"):
         assert f"{report[kind]['mean']:.3f}, {report[kind]['smallest']:.3f}" in text
-    assert f"{report['share_of_copies'] * report['samples']:.0f} of {report['samples']}" in text
+    copies = f"{report['share_of_copies'] * report['samples']:.0f} of {report['samples']}"
+    assert copies in text and f"{copies} samples are nearer to a training image" in README
     assert f"{report['obedience']['r_precision']:.0%}" in text
     assert f"{report['vae_ceiling']['psnr']:.1f} dB, {report['vae_ceiling']['ssim']:.3f}" in text
+
+
+def test_pages_agree_on_the_quickstart() -> None:
+    """Its runs are too many to commit; what two pages say of them is the same, seed by seed."""
+    preset = [row for row in rows(ABOUT_BENCHMARKS) if "660" in row and re.search(r"seed \d$", row[0])]
+    of_four, first = zip(*(row[-2:] for row in sorted(preset, key=lambda row: row[0][-1])), strict=True)
+    assert len(preset) == 3
+    for shares in (of_four, first):
+        one, two, three = (share.removesuffix("%") for share in shares)
+        assert f"{one}, {two} and {three} %" in README
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The README's table of equations
+# ----------------------------------------------------------------------------------------------------------------------
+
+EQUATIONS = [row for row in rows(README) if len(row) == 4 and re.search(r"`\w.* in \[`", row[2])]
+CITED = r"\b(Equation|Eq\.|Section|Appendix|Figure) ([\d.]*\d|[A-Z])\b"
+
+
+def source_of(name: str, file: str) -> str:
+    """The source of a function, class or Class.method; the test fails if the file has none."""
+    code = (ROOT / file).read_text(encoding="utf-8")
+    node: ast.AST = ast.parse(code)
+    for part in name.split("."):
+        (node,) = [one for one in node.body if getattr(one, "name", None) == part]
+    return ast.get_source_segment(code, node)
+
+
+@pytest.mark.parametrize("row", sorted(EQUATIONS), ids=lambda row: row[2].split("`")[1])
+def test_an_equation_stands_where_the_readme_says(row: tuple[str, ...]) -> None:
+    """Each function is in the file, and what the paper's equation is called stands there, too."""
+    _, _, functions, papers = row
+    names, file = re.findall(r"`([\w.]+)`", functions.split(" in [")[0]), re.findall(r"\(([\w.]+)\)", functions)[0]
+    sources = [source_of(name, file) for name in names]
+    about = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    cited = {(kind.replace("Eq.", "Equation"), n) for kind, n in re.findall(CITED, "\n".join([*sources, about]))}
+    assert set(re.findall(CITED, papers)) <= cited and re.search(CITED, papers)
+
+
+def test_no_equation_of_the_table_is_left_out() -> None:
+    table = README.split("| what | equation | function | paper |\n")[1].split("\n\n")[0].splitlines()
+    assert len(EQUATIONS) == len(table) - 1 >= 14
