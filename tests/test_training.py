@@ -25,6 +25,7 @@ from tests.tiny import tiny_model, tiny_parts, tiny_text_encoder, tiny_unet, tin
 from train_stable_diffusion import Batch, Options, diffusion_loss, train_step, validation_losses
 from training.captioned_latents import split_images
 from training.options import parse_options
+from training.plots import draw_columns
 from training.presets import PARTS, PRESETS, VAEOptions
 from training.reproducible import (
     EMA,
@@ -349,9 +350,15 @@ def test_each_tenth_of_the_timesteps_is_logged_and_plotted(parts: Path, tmp_path
     assert all(abs(tenth - (100 * i + 50)) < 12 for i, tenth in enumerate(tenths))
     assert float(row["validation_loss"]) == pytest.approx(500, abs=3)
     assert all(not row["validation_loss_1"] for row in rows if not row["validation_loss"])
-    assert list(plots[-1].items())[9] == ("validation_loss_10", "held out, t = 900…999")
+    labels = {f"validation_loss_{i + 1}": f"held out, t = {100 * i}…{100 * i + 99}" for i in range(10)}
+    assert list(plots[-1].items()) == list(labels.items())
     with Image.open(tmp_path / "run" / "loss.png") as sheet:
         assert sheet.width > 3 * sheet.height  # two panels
+
+
+def test_the_panel_of_the_tenths_has_a_title() -> None:
+    figure = draw_columns([{"step": "1", "a": "2", "b": "3"}], {"a": "training"}, "loss", beside={"b": "t = 0…99"})
+    assert [axes.get_title() for axes in figure.axes] == ["", "held out, by tenths of the timesteps"]
 
 
 @pytest.mark.parametrize("count", [64, 65, 70, 156, 160, 1000])

@@ -13,7 +13,8 @@ def draw_columns(
 ) -> Figure:
     """`curves` maps a column to its label; where a row has nothing in a column, its curve has no point.
 
-    `beside`: columns for a second panel with a logarithmic scale, coloured in their order.
+    `beside`: the held-out loss by tenths of the timesteps, a column each, for a second panel with a logarithmic scale,
+    coloured in their order.
     """
     panels = [curves, beside] if beside else [curves]
     figure = Figure(figsize=(7 * len(panels), 4), layout="constrained")
@@ -27,6 +28,8 @@ def draw_columns(
                 axes.plot(*zip(*points, strict=True), label=label, marker=marker, **style)
         if axes.lines:
             axes.legend(fontsize=7 if panel is beside else None)
+        if panel is beside:
+            axes.set_title("held out, by tenths of the timesteps")
         if log_scale or panel is beside:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
