@@ -137,7 +137,10 @@ def noise_of_mean_0() -> contextlib.AbstractContextManager:
 
 
 ROWS = {
-    "no fault": Row("What the quickstart gives."),
+    "no fault": Row(
+        "What the quickstart gives, seed 0. Here samples are made in float32; the training script makes them in "
+        "bfloat16 and finds one image of 64 more, 94 %."
+    ),
     "no caption dropout": Row(
         "Guidance needs the prediction for *no* caption, which was never trained: it pushes away from something "
         "arbitrary. `draw_batch` drops one caption in ten.",

@@ -15,6 +15,7 @@ import benchmarks
 import monsters
 import stable_diffusion_model
 from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling, what_breaks
+from evaluation.obedience import FIRST_UNSEEN, unseen_monsters
 from guidance import Guidance
 from noise_schedule import NoiseSchedule
 from sampling.packed import unpack
@@ -431,6 +432,12 @@ def test_faults_do_what_they_say() -> None:
     assert grid.next_levels[3] == pytest.approx(schedule.alphas_cumprod[int(grid.timesteps[3]) - 1].item())
     with rows["the halves of guidance swapped"].fault():
         torch.testing.assert_close(Guidance(scale=1.0).combine(x, noise), x)
+    vae = tiny_vae()
+    assert not torch.equal(vae.unscale_latents(x), x)
+    with rows["latents not unscaled"].fault():
+        assert torch.equal(vae.unscale_latents(x), x)
+    with rows["no scaling factor"].fault():
+        assert torch.equal(vae.scale_latents(x), x) and torch.equal(vae.unscale_latents(x), x)
     image = monsters.draw(3, 96)
     assert monsters.is_monster_on_white(image)
     assert what_breaks.on_black(image.copy()).getpixel((1, 1)) == (0, 0, 0)
@@ -448,11 +455,13 @@ def test_the_gallery_is_sampled_with_the_fault(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(what_breaks, "UNSEEN", 2)
     monkeypatch.setattr(what_breaks, "HOW", what_breaks.HOW | {"steps": 2, "height": 64, "width": 64})
     monkeypatch.setattr(what_breaks, "FOLDER", tmp_path / "sheets")
-    sheets = []
+    sheets, judged, measured = [], [], what_breaks.measure_monsters
+    monkeypatch.setattr(what_breaks, "measure_monsters", lambda *a: judged.append(a[1]) or measured(*a))
     for row in ("latents not unscaled", "DDIM as it should be"):
         figures = what_breaks.measure(row, tmp_path / "no fault")
         assert figures["row"] == row and figures["images"] == 2 and figures["validation_loss"] is None
         sheets.append((tmp_path / "sheets" / what_breaks.file_of(row)).read_bytes())
     assert sheets[0] != sheets[1]
+    assert judged == [unseen_monsters(2)] * 2 and judged[0][0].index >= FIRST_UNSEEN
     page = what_breaks.page([figures])
     assert f"| [{row}](#ddim-as-it-should-be) | " in page and f"(sheets/{what_breaks.file_of(row)})" in page
