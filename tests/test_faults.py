@@ -220,6 +220,9 @@ FAULTS = [
     Fault("the average not taken up again", UNET, 'low_rank.load_trained(self.ema.module, state.get("ema", state["unet"]), self.trained)', "pass", "test_train_lora.py::test_a_resumed_run_ends_with_the_same_bits"),
     Fault("timesteps drawn one by one", "noise_schedule.py", "torch.rand(1, generator=generator, device=device)) / n", "torch.rand(n, generator=generator, device=device)) / n", "test_noise_schedule.py::test_timesteps_are_drawn_evenly_and_equally_often"),
     Fault("the saved VAE not standardised", VAE, "vae = standardised(self.ema, self.sets.standardising_sample(), generator)", "vae = self.ema", "test_train_vae.py::test_stopped_run_resumes_with_the_same_bits"),
+    Fault("the tenths' curves called by each other's names", UNET, "enumerate(self.TENTHS)}", "zip((8, 7, 6, 5, 4, 3, 2, 1, 0, 9), self.TENTHS)}", "test_training.py::test_each_tenth_of_the_timesteps_is_logged_and_plotted"),
+    Fault("latents unscaled twice in the gallery", "benchmarks/what_breaks.py", 'mock.patch.object(VAE, "unscale_latents", lambda self, latents: latents)', 'mock.patch.object(VAE, "unscale_latents", lambda self, latents: 2 * latents)', "test_benchmarks.py::test_faults_do_what_they_say"),
+    Fault("the gallery asks for monsters that were trained on", "benchmarks/what_breaks.py", "if ROWS[row].model else UNSEEN)", "if ROWS[row].model else UNSEEN, 0)", "test_benchmarks.py::test_the_gallery_is_sampled_with_the_fault"),
     Fault("mirrored copies not seen", "evaluate_stable_diffusion.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", "test_evaluation.py::test_a_planted_copy_is_nearest_to_its_original_mirrored_or_not"),
 ]  # fmt: skip
 
