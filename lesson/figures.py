@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython import display
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from noise_schedule import NoiseSchedule
@@ -55,9 +55,13 @@ def show_strips(strips: dict[str, Image.Image]) -> None:
     plt.show()
 
 
-def as_jpeg(image: Image.Image) -> display.Image:
-    """An image to end a cell with, as the tenth of a PNG's bytes."""
-    image.convert("RGB").save(file := io.BytesIO(), "jpeg", quality=85)
+def as_jpeg(image: Image.Image, note: str = "") -> display.Image:
+    """An image to end a cell with, below a line of text if there is one, as the tenth of a PNG's bytes."""
+    strip = 24 if note else 0
+    page = Image.new("RGB", (image.width, image.height + strip), "white")
+    page.paste(image.convert("RGB"), (0, strip))
+    ImageDraw.Draw(page).text((6, 4), note, fill="black", font=ImageFont.load_default(14))
+    page.save(file := io.BytesIO(), "jpeg", quality=85)
     return display.Image(file.getvalue(), format="jpeg")
 
 
@@ -107,10 +111,16 @@ def exact_epsilon(x_t: Tensor, alpha_bar: float) -> Tensor:
     return (x_t - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
 
 
-def paths(sampler: str, steps: int, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """What a sampler of this repository does to `count` numbers: timesteps (steps + 1,), x_t (steps + 1, count)."""
+def paths(
+    sampler: str, steps: int, count: int, seed: int = 0, spacing: str | None = "trailing"
+) -> tuple[Tensor, Tensor]:
+    """What a sampler of this repository does to `count` numbers: timesteps (steps + 1,), x_t (steps + 1, count).
+
+    `spacing` is the `timestep_spacing` of `timestep_grid`: None is the sampler's own, and only with "trailing" do all
+    call the model at the same timesteps.
+    """
     schedule, generator = NoiseSchedule(), torch.Generator().manual_seed(seed)
-    grid = timestep_grid(sampler, schedule, steps)
+    grid = timestep_grid(sampler, schedule, steps, timestep_spacing=spacing)
     alpha_bars = schedule.alphas_cumprod.numpy()
 
     def predict(x_t: Tensor, t: float) -> Tensor:
@@ -123,15 +133,24 @@ def paths(sampler: str, steps: int, count: int, seed: int = 0) -> tuple[Tensor, 
     return torch.tensor([*grid.timesteps, 0.0]), torch.stack(film).reshape(len(film), count)
 
 
-def show_paths(samplers: Sequence[str], steps: int, count: int = 60) -> None:
-    """The paths of some samplers from noise (left) to data (right)."""
-    layout = {"figsize": (3.6 * len(samplers), 3), "layout": "constrained", "sharey": True, "squeeze": False}
-    _, all_axes = plt.subplots(1, len(samplers), **layout)
+def on_a_point(x: Tensor) -> Tensor:
+    """Which of these numbers are within 0.1 of -1 or +1."""
+    return (x.abs() - 1).abs() < 0.1
+
+
+def show_paths(samplers: Sequence[str], steps: int, spacing: str | None = "trailing", shown: int = 60) -> None:
+    """Paths from noise (left) to data (right), grey where they miss it; in the titles, how many of 2,000 do not."""
+    layout = {"figsize": (2.9 * len(samplers), 3), "layout": "constrained", "sharey": True, "squeeze": False}
+    figure, all_axes = plt.subplots(1, len(samplers), **layout)
+    figure.suptitle(f"{steps} steps, {'each its own timesteps' if spacing is None else f'{spacing} timesteps'}")
     for axes, sampler in zip(all_axes[0], samplers, strict=True):
-        t, x = paths(sampler, steps, count)
-        for path in x.T:
-            axes.plot(t, path, color="C0" if path[-1] > 0 else "C1", linewidth=0.7, alpha=0.7)
-        axes.set(title=f"{sampler}, {steps} steps", xlabel="timestep t", xlim=(1000, 0))
+        t, x = paths(sampler, steps, 2000, spacing=spacing)
+        hit = on_a_point(x[-1])
+        for path, is_hit in zip(x.T[:shown], hit, strict=False):
+            colour = ("C0" if path[-1] > 0 else "C1") if is_hit else "0.3"
+            axes.plot(t, path, color=colour, linewidth=0.7, alpha=0.7)
+        axes.plot(t[:-1], torch.full((steps,), -3.6), "k|", markersize=6)  # the model's calls
+        axes.set(title=f"{sampler}: {hit.float().mean():.0%} on a point", xlabel="timestep t", xlim=(1020, -20))
         axes.grid(alpha=0.3)
     all_axes[0, 0].set_ylabel("$x_t$ (one number)")
     plt.show()

@@ -1,18 +1,24 @@
 """The figures of the notebook that explains: they show what the code does, and its exercises can be graded."""
 
 import ast
+import io
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from PIL import Image
 
 from diffusion_model import UNetConfig
-from lesson.figures import exact_epsilon, paths, plane_of
+from lesson import figures
+from lesson.figures import Panel, as_jpeg, exact_epsilon, on_a_point, paths, plane_of
 from lesson.unet_figure import draw_unet, save, stages
-from noise_schedule import noised
-from samplers import SAMPLERS, STOCHASTIC_SAMPLERS
+from noise_schedule import NoiseSchedule, noised
+from samplers import SAMPLERS, STOCHASTIC_SAMPLERS, timestep_grid
 from tests.children import fork
 from tests.conftest import ROOT
 from tests.notebooks import UNDERSTAND
@@ -58,8 +64,39 @@ def test_the_readmes_figure_is_that_of_the_code(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Vectors and paths
+# Curves, vectors and paths
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Figures stay open, to be looked at."""
+    monkeypatch.setattr(plt, "show", lambda: None)
+    yield
+    plt.close("all")
+
+
+def test_curves_say_what_they_are(shown: None) -> None:
+    figures.show_curves(
+        Panel("one", "time", "size", {"a": ([1, 2], [3, 4]), "b": ([1, 2], torch.tensor([5, 6]), "C3.")}),
+        Panel("other", "t", "loss", {"": ([0, 1], [1, 100])}, log=True),
+    )
+    first, second = plt.gcf().axes
+    assert [axes.get_title() for axes in (first, second)] == ["one", "other"]
+    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in (first, second)] == [("time", "size"), ("t", "loss")]
+    assert [line.get_xydata().tolist() for line in first.lines] == [[[1, 3], [2, 4]], [[1, 5], [2, 6]]]
+    assert to_hex(first.lines[1].get_color()) == to_hex("C3")
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["a", "b"] and second.get_legend() is None
+    assert (first.get_yscale(), second.get_yscale()) == ("linear", "log")
+
+
+def test_a_note_stands_above_an_image() -> None:
+    image = Image.new("RGB", (300, 40), "navy")
+    plain, noted = (Image.open(io.BytesIO(as_jpeg(image, note).data)) for note in ("", "bright: attention"))
+    assert plain.size == image.size and noted.width == 300 and noted.height > 50
+    darkest, lightest = noted.crop((0, 0, 300, noted.height - 40)).convert("L").getextrema()
+    assert darkest < 60 and lightest > 240
+    assert noted.getpixel((150, noted.height - 20))[2] > 90 > noted.getpixel((150, noted.height - 20))[0]
 
 
 def test_the_plane_keeps_lengths_and_angles_of_what_lies_in_it() -> None:
@@ -99,33 +136,95 @@ def test_paths_end_on_the_data_and_those_of_an_equation_never_cross(sampler: str
     assert torch.equal(paths(sampler, 50, 200)[1], x)
 
 
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_paths_begin_where_the_sampler_begins(sampler: str) -> None:
+    t, x = paths(sampler, 7, 30, seed=4)
+    grid = timestep_grid(sampler, NoiseSchedule(), 7, timestep_spacing="trailing")
+    noise = torch.randn(30, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(x[0], grid.start(noise)) and t.tolist() == [*grid.timesteps, 0]
+    own = timestep_grid(sampler, NoiseSchedule(), 7)
+    assert paths(sampler, 7, 30, spacing=None)[0].tolist() == pytest.approx([*own.timesteps, 0])
+
+
+def test_few_steps_miss_by_where_the_last_one_begins_whatever_the_sampler() -> None:
+    """What the notebook says of 5 steps: fresh noise neither helps nor harms, a last call near t = 0 hides all."""
+    assert on_a_point(torch.tensor([-1.05, 0.95, 0.85, 1.2, 0.0])).tolist() == [True, True, False, False, False]
+    found = {}
+    for spacing in ("trailing", None):
+        ends = {sampler: paths(sampler, 5, 2000, spacing=spacing)[1][-1] for sampler in SAMPLERS}
+        found[spacing] = {sampler: on_a_point(x).float().mean().item() for sampler, x in ends.items()}
+    assert all(0.6 < share < 0.8 for share in found["trailing"].values())
+    assert max(found["trailing"], key=found["trailing"].get) == "dpm++2m"
+    assert {sampler for sampler, share in found[None].items() if share > 0.99} == {"ddpm", "euler", "euler_a"}
+
+
+def test_paths_are_drawn_with_the_share_that_arrives(shown: None) -> None:
+    """Grey if they miss; marks at the model's calls."""
+    figures.show_paths(["euler", "ddpm"], 5, shown=40)
+    for axes, sampler in zip(plt.gcf().axes, ("euler", "ddpm"), strict=True):
+        t, x = paths(sampler, 5, 2000)
+        hit = on_a_point(x[-1])
+        assert axes.get_title() == f"{sampler}: {hit.float().mean():.0%} on a point"
+        *lines, calls = axes.lines
+        assert len(lines) == 40 and calls.get_xdata().tolist() == t[:-1].tolist() == [999, 799, 599, 399, 199]
+        for i, line in enumerate(lines):
+            assert line.get_ydata().tolist() == x[:, i].tolist()
+            assert line.get_color() == (("C0" if x[-1, i] > 0 else "C1") if hit[i] else "0.3")
+    assert "5 steps" in plt.gcf().get_suptitle() and "trailing" in plt.gcf().get_suptitle()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Exercises
 # ----------------------------------------------------------------------------------------------------------------------
 
 PROSE = "\n".join(cell.source for cell in nbformat.read(UNDERSTAND, as_version=4).cells if cell.cell_type == "markdown")
 EXERCISES = re.findall(
-    r"\*\*Exercise\.\*\* `(?:\w+\.)?(\w+)`(?: and `[\w.]+`)? in \[`([\w./]+)`\][^`]*?(?:`rescale`[^`]*)?"
+    r"\*\*Exercise\.\*\* `(?:\w+\.)?(\w+)`(?: and `[\w.]+`)? in \[`([\w./]+)`\](?:(?!\*\*Exercise)[\s\S])*?"
     r"`python -m pytest (tests/\w+\.py) -k (\w+)`",
     PROSE,
 )
+WRONG = [  # answers that a grader must not let pass: function, what stands there, what somebody might write
+    ("attention_weights", ".mean(dim=1)", ".sum(dim=1)"),
+    ("attention_weights", ".mean(dim=1)", "[:, 0]"),
+    ("loss_weight", "if gamma is None or self.zero_terminal_snr:", "if gamma is None:"),
+]
 
 
 def test_every_section_has_an_exercise() -> None:
     assert len(EXERCISES) == 9 and PROSE.count("**Exercise.**") == 10
+    assert len({function for function, *_ in EXERCISES}) == 9
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("function", "file", "test", "chosen"), EXERCISES, ids=[e[0] for e in EXERCISES])
 def test_an_exercise_is_graded(function: str, file: str, test: str, chosen: str, tmp_path: Path) -> None:
     """The test that it names fails with an empty function; that it passes otherwise, the rest of the suite shows."""
+
+    def emptied(lines: list[str], found: ast.FunctionDef) -> list[str]:
+        first = found.body[0]
+        return [*lines[: first.lineno - 1], " " * first.col_offset + "pass\n", *lines[found.end_lineno :]]
+
+    assert_fails_with(emptied, function, file, test, chosen, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("function", "old", "new"), WRONG)
+def test_a_wrong_answer_is_graded_as_wrong(function: str, old: str, new: str, tmp_path: Path) -> None:
+    def spoiled(lines: list[str], found: ast.FunctionDef) -> list[str]:
+        body = "".join(lines[found.lineno - 1 : found.end_lineno])
+        assert body.count(old) == 1
+        return [*lines[: found.lineno - 1], body.replace(old, new), *lines[found.end_lineno :]]
+
+    ((file, test, chosen),) = [where for name, *where in EXERCISES if name == function]
+    assert_fails_with(spoiled, function, file, test, chosen, tmp_path)
+
+
+def assert_fails_with(change: Callable, function: str, file: str, test: str, chosen: str, tmp_path: Path) -> None:
+    """Runs an exercise's test on a copy of the code whose lines `change` gives, from these and the function."""
     copy = copy_of_the_code(tmp_path / "copy")
     code = (copy / file).read_text(encoding="utf-8")
     (found,) = [node for node in ast.walk(ast.parse(code)) if getattr(node, "name", None) == function]
-    lines = code.splitlines(keepends=True)
-    indent = " " * found.body[0].col_offset
-    empty = "".join(lines[: found.body[0].lineno - 1]) + f"{indent}pass\n" + "".join(lines[found.end_lineno :])
-    (copy / file).write_text(empty, encoding="utf-8")
+    (copy / file).write_text("".join(change(code.splitlines(keepends=True), found)), encoding="utf-8")
     process = fork(run_test, str(copy), test, str(tmp_path / "printed"), "-k", chosen)
     process.join(300)
     printed = (tmp_path / "printed").read_text(encoding="utf-8", errors="replace")
