@@ -19,7 +19,6 @@ Letters: N images in the U-Net's batch (guidance: first those without prompt), L
 import argparse
 import contextlib
 import statistics
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from stable_diffusion_model import StableDiffusion
 from text_encoder import TextEncoder
 
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "stable_diffusion_results" / "monsters" / "model"
-TIMESTEPS = (100, 300, 500, 700, 900)
+TIMESTEPS = (100, 300, 500, 700, 900)  # of 1000; of models with fewer, the same shares
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recording
@@ -53,7 +52,7 @@ class AttentionMap:
     layer: str  # its name in the U-Net
     timestep: float
     weights: Tensor  # (N, L, h, w), the mean over the heads: at every pixel they sum to one over L
-    call: int = 0  # how often it was called at this timestep before: on a CPU, `sample` does so for each image
+    call: int = 0  # how many contexts it had at this timestep before: on a CPU, `sample` calls it for each image
 
 
 @contextlib.contextmanager
@@ -65,14 +64,20 @@ def attention_maps(unet: UNet) -> Iterator[list[AttentionMap]]:
     differentiated through: with `gradient_checkpointing` the backward pass calls blocks, and records, a second time.
     """
     maps: list[AttentionMap] = []
-    now: dict[str, float] = {}
-    calls: Counter = Counter()
+    now: dict[str, float | int] = {}
+    contexts: dict[float, list[Context]] = {}  # by timestep, the contexts so far
 
-    def note_timestep(_: nn.Module, inputs: tuple, named: dict) -> None:
+    def note_call(_: nn.Module, inputs: tuple, named: dict) -> None:
         timesteps = inputs[1] if len(inputs) > 1 else named["timesteps"]
-        now["t"] = float(timesteps.flatten()[0])
+        context = inputs[2] if len(inputs) > 2 else named["context"]
+        now["timestep"] = t = float(timesteps.flatten()[0])
+        # Two steps may share a timestep (Karras' last ones, rounded); an image keeps its context, the very object.
+        earlier = contexts.setdefault(t, [])
+        if not any(context is one for one in earlier):
+            earlier.append(context)
+        now["call"] = next(i for i, one in enumerate(earlier) if context is one)
 
-    hooks = [unet.register_forward_pre_hook(note_timestep, with_kwargs=True)]
+    hooks = [unet.register_forward_pre_hook(note_call, with_kwargs=True)]
 
     def record(transformer: SpatialTransformer, name: str, cross: CrossAttention) -> None:
         sizes: list[torch.Size] = []
@@ -82,9 +87,7 @@ def attention_maps(unet: UNet) -> Iterator[list[AttentionMap]]:
 
         def note_weights(_: nn.Module, inputs: tuple[Tensor, Context]) -> None:
             weights = attention_weights(cross, *inputs)  # (N, L, hw)
-            key = name, now["t"]
-            maps.append(AttentionMap(*key, weights.unflatten(-1, sizes[0]).cpu(), calls[key]))
-            calls[key] += 1
+            maps.append(AttentionMap(name, weights=weights.unflatten(-1, sizes[0]).cpu(), **now))
 
         hooks.append(transformer.register_forward_pre_hook(note_size))
         hooks.append(cross.register_forward_pre_hook(note_weights))
@@ -149,12 +152,17 @@ def map_of(maps: Sequence[AttentionMap], positions: Sequence[int], size: tuple[i
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in fractions of the image
 
 
-def looked_at(word: Tensor, box: Box) -> float:
-    """How much more of a word's attention (H, W) lies in `box` than its area would give: 1 = no preference."""
-    height, width = word.shape
+def pixels_in(box: Box, size: tuple[int, int]) -> Tensor:
+    """Of an image (H, W): whether the middle of a pixel lies in the box."""
+    height, width = size
     left, top, right, bottom = box
     columns, rows = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
-    inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))[None]
+    return ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))[None]
+
+
+def looked_at(word: Tensor, box: Box) -> float:
+    """How much more of a word's attention (H, W) lies in `box` than its area would give: 1 = no preference."""
+    inside = pixels_in(box, word.shape)
     return (word[inside].sum() / word.sum() / inside.float().mean()).item()
 
 
@@ -178,15 +186,17 @@ def parts_named(monster: monsters.Monster, caption: str) -> dict[str, tuple[str,
 
 @torch.no_grad()
 def score_parts(
-    model: StableDiffusion, indices: Sequence[int], resolution: int, timesteps: Sequence[int] = TIMESTEPS
+    model: StableDiffusion, indices: Sequence[int], resolution: int, timesteps: Sequence[int] | None = None
 ) -> dict[str, dict]:
     """How much the words for parts of monsters look at these parts, against their boxes' area (`looked_at`).
 
     Real drawings of the monsters `indices`, `resolution` pixels a side, are noised to each of `timesteps`, and the
     U-Net is called with their captions. Returns by part: "monsters" (how many name it), "overall" (all maps together),
     "by_layer" and "by_timestep" (of all layers): medians over the monsters. "other_words" is how much the words for
-    the other parts look into the same box: a layer that looks at heads whatever the word scores high in both.
+    the other parts look into the same box: a layer that looks at heads whatever the word scores high in both. A part
+    that is too small to hold the middle of a pixel is left out.
     """
+    timesteps = timesteps or timesteps_of(model)
     own: dict[str, dict[str, list[float]]] = {}  # part → all maps, a layer or a timestep → a score for each monster
     others: dict[str, dict[str, list[float]]] = {}
     size = (resolution // 4, resolution // 4)
@@ -200,6 +210,8 @@ def score_parts(
         found = {part: _positions_or_none(model, caption, phrase) for part, (phrase, _) in named.items()}
         words = {part: positions for part, positions in found.items() if positions}
         for part, positions in words.items():
+            if not pixels_in(named[part][1], size).any():
+                continue
             elsewhere = [position for other in words if other != part for position in words[other]]
             for name, group in groups.items():
                 for scores, where in ((own, positions), (others, elsewhere)):
@@ -211,6 +223,11 @@ def score_parts(
         | {"other_words": _medians(others[part], timesteps)}
         for part in sorted(own)
     }
+
+
+def timesteps_of(model: StableDiffusion) -> list[int]:
+    """`TIMESTEPS` in the model's own schedule, which may be shorter."""
+    return list(dict.fromkeys(t * model.schedule.num_timesteps // 1000 for t in TIMESTEPS))
 
 
 def _medians(found: dict[str, list[float]], timesteps: Sequence[int]) -> dict:
@@ -246,7 +263,11 @@ def maps_of_monster(
 
 
 def attention_sheet(
-    model: StableDiffusion, indices: Sequence[int], resolution: int, layer: str, timesteps: Sequence[int] = TIMESTEPS
+    model: StableDiffusion,
+    indices: Sequence[int],
+    resolution: int,
+    layer: str,
+    timesteps: Sequence[int] | None = None,
 ) -> Image.Image:
     """Of real monsters, those six whose captions name most parts; beside each, bright, where these words look.
 
@@ -259,7 +280,8 @@ def attention_sheet(
     rows = []
     for index in sorted(indices, key=parts, reverse=True)[:6]:
         caption, drawing = monsters.caption(index), monsters.draw(index, 256)
-        maps = [one for one in maps_of_monster(model, index, resolution, timesteps) if one.layer == layer]
+        maps = maps_of_monster(model, index, resolution, timesteps or timesteps_of(model))
+        maps = [one for one in maps if one.layer == layer]
         rows.append([(drawing, caption)])
         for phrase, _ in parts_named(monsters.describe(index), caption).values():
             if positions := _positions_or_none(model, caption, phrase):

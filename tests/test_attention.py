@@ -11,6 +11,7 @@ from evaluation import attention
 from evaluation.attention import attention_maps, looked_at, map_of, parts_named, positions_of
 from evaluation.obedience import SHIPPED_CLIP, unseen_monsters
 from images import image_to_pixels
+from noise_schedule import NoiseSchedule
 from published import load_text_encoder
 from stable_diffusion_model import StableDiffusion
 from tests.tiny import tiny_model
@@ -233,6 +234,73 @@ def test_scores_are_medians_over_the_monsters(encoder: TextEncoder, monkeypatch:
     by_group = [sorted([*values.values()][i::3])[2] for i in range(3)]
     found = report["wings"]
     assert [found["overall"], found["by_layer"]["a"], found["by_timestep"]["5"]] == by_group
+
+
+def test_an_image_keeps_its_maps_where_two_steps_share_a_timestep(model: StableDiffusion) -> None:
+    """As Karras' last steps do, rounded; another context at the same timestep is another image's."""
+    x, contexts = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 77, model.unet.config.context_dim)
+    own, other = contexts[0], contexts[1]
+    with torch.no_grad(), attention_maps(model.unet) as maps:
+        for t, context in ((7, own), (7, own), (3, own), (7, other)):
+            model.unet(x, torch.tensor([t]), context)
+    layers = len(maps) // 4
+    assert [one.call for one in maps] == [0] * 3 * layers + [1] * layers
+    assert map_of(maps[: 3 * layers], [1], (8, 8)).shape == (8, 8)
+
+
+def test_of_a_guided_batch_the_map_with_prompt_is_shown() -> None:
+    weights = torch.stack([torch.zeros(3, 2, 2), torch.ones(3, 2, 2)])
+    assert map_of([attention.AttentionMap("a", 0, weights)], [1], (4, 4)).min() == 1
+
+
+def test_a_word_that_stands_twice_is_the_first_one(encoder: TextEncoder) -> None:
+    prompt = "a red monster and a red creature"
+    ids, _ = encoder.tokens(prompt)
+    (found,) = positions_of(encoder, prompt, "red")
+    assert encoder.tokenizer.decode([ids[found + 1]]).strip() == "monster"
+
+
+def test_the_sharpest_layer_is_beyond_what_other_words_do() -> None:
+    def part(**layers: tuple[float, float | None]) -> dict:
+        mine, theirs = ({name: pair[i] for name, pair in layers.items()} for i in range(2))
+        return {"by_layer": mine, "other_words": {"by_layer": theirs}}
+
+    report = {"wings": part(heads=(5.0, 5.0), sharp=(3.0, 1.0)), "tail": part(heads=(4.0, 4.5), sharp=(2.0, None))}
+    assert attention.sharpest_layer(report) == "sharp"
+
+
+def test_scores_by_timestep_and_layer_are_of_their_own_maps(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early and in one layer, words look at the left half; else everywhere. A box between the pixels is left out."""
+    asked = unseen_monsters(1)[0]
+    left = torch.full((1, 77, 8, 8), 1e-9)
+    left[..., :4] = 1
+    maps = [attention.AttentionMap("a", 900, left), attention.AttentionMap("b", 900, left * 0 + 1)]
+    maps += [attention.AttentionMap(name, 100, left * 0 + 1) for name in "ab"]
+    monkeypatch.setattr(attention, "maps_of_monster", lambda *_: maps)
+    boxes = {"wings": ("a", (0, 0, 0.5, 1)), "tail": ("a", (0.51, 0.51, 0.52, 0.52))}
+    monkeypatch.setattr(attention, "parts_named", lambda *_: boxes)
+    monkeypatch.setattr(attention, "positions_of", lambda *_: [1])
+    model = SimpleNamespace(text_encoder=encoder)
+    report = attention.score_parts(model, [asked.index], 32, (100, 900))
+    assert list(report) == ["wings"]
+    assert report["wings"]["by_timestep"] == {"100": pytest.approx(1), "900": pytest.approx(4 / 3, abs=0.01)}
+    assert report["wings"]["by_layer"] == {"a": pytest.approx(4 / 3, abs=0.01), "b": pytest.approx(1)}
+    shown = []
+    monkeypatch.setattr(attention, "map_of", lambda maps, *_: shown.append(maps) or torch.ones(256, 256))
+    attention.attention_sheet(model, [asked.index], 32, "b", (100, 900))
+    assert [one.layer for one in shown[0]] == ["b", "b"]
+
+
+def test_where_words_look_is_bright() -> None:
+    lit = attention._lit(Image.new("RGB", (2, 2), "white"), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert lit.getpixel((0, 0)) == (255,) * 3 and lit.getpixel((1, 1)) == (64,) * 3
+
+
+def test_timesteps_are_those_of_the_models_schedule() -> None:
+    for count, found in ((1000, [100, 300, 500, 700, 900]), (100, [10, 30, 50, 70, 90]), (4, [0, 1, 2, 3])):
+        assert attention.timesteps_of(SimpleNamespace(schedule=NoiseSchedule(num_timesteps=count))) == found
 
 
 def test_maps_keep_float32_under_autocast(model: StableDiffusion) -> None:
