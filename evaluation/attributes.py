@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 import monsters
-from evaluation.obedience import Judge
+from evaluation.obedience import Judge, as_named
 from monsters.captions import BELLY, BODY, CREST, MOTIF, PATTERN, TAIL, WINGS
 from monsters.record import COLOURS
 
@@ -35,13 +35,12 @@ def variants(index: int) -> dict[str, list[str]]:
     found = {}
     for attribute, choices in CHOICES.items():
         own = getattr(monster, named.get(attribute, attribute))
-        text = caption.replace("purple wisp", "") if attribute == "colour" else caption  # whose purple is not its own
-        said = [phrase for phrase in choices.get(own, ()) if phrase in text]
+        said = [phrase for phrase in choices.get(own, ()) if as_named(phrase).search(caption)]
         if said:
             phrase = max(said, key=len)
             place = choices[own].index(phrase)  # singular stays singular
             others = [words[min(place, len(words) - 1)] for value, words in choices.items() if value != own]
-            found[attribute] = [caption, *(_with_articles(caption.replace(phrase, other, 1)) for other in others)]
+            found[attribute] = [caption, *(_with_articles(as_named(phrase).sub(other, caption, 1)) for other in others)]
     return found
 
 

@@ -5,6 +5,7 @@ CLIP finds nearest to it? Real images show what that CLIP allows, images that ar
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,19 @@ class Unseen:
     colour: str
 
 
+def as_named(phrase: str) -> re.Pattern:
+    """Finds a phrase of a caption as whole words: no "red" in "feathered", and no "purple" in a purple wisp, whose
+    colour is not the monster's."""
+    return re.compile(rf"\b{re.escape(phrase)}\b" + r"(?! wisp)" * (phrase == "purple"))
+
+
 def unseen_monsters(count: int, first: int = FIRST_UNSEEN) -> list[Unseen]:
     """The first monsters from `first` on whose captions name their colour."""
     found: list[Unseen] = []
     index = first
     while len(found) < count:
         caption, colour = monsters.caption(index), monsters.roll(index).colour
-        if colour in caption.replace("purple wisp", ""):  # the one phrase whose colour is not the monster's
+        if as_named(colour).search(caption):
             found.append(Unseen(index, caption, colour))
         index += 1
     return found
