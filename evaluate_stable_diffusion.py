@@ -4,16 +4,17 @@
 
 samples images (for unseen captions of monsters, or for the data set's own captions), and writes into --output_dir:
 `report.md` and `report.json`, `samples.png` (images with prompts), and `nearest.png` (the samples that are most like a
-training image, beside it). Numbers come with the interval in which another such set of images would lie in 19 of 20.
+training image, beside it). Numbers come with an interval that holds the true value in 19 of 20 cases.
 
 - Obedience: R-precision, how often a CLIP finds an image's own prompt the nearest of all; the same for real images, and
   for images paired with other prompts. For monsters also the colour of the pixels, and each attribute by itself.
-- Quality and variety, on that CLIP's features, against real images of the prompts: KID, precision, recall, coverage.
+- Quality and variety, on that CLIP's features, against real images of the prompts: KID, precision, recall, coverage;
+  the same for other real images and for pure noise. Where noise scores as high, a number says nothing.
 - Prediction error: how well the U-Net predicts the noise in real images, by tenths of the timesteps; with --checkpoint,
   the raw weights of the run as well as the averaged ones, which the model has.
 - Memorisation: the distance of each sample to its nearest training image (or that image's mirror), as it is and
   calibrated, against the same for images that cannot be copies: monsters drawn afresh, or each training image against
-  all others. Samples that are nearer than 99 % of those are called copies.
+  all others. Samples that are nearer than 99 % of those are called copies; the report says how many are by chance.
 - Attention (monsters): how much the words for wings, tail and so on look at these parts of real drawings, against the
   area of the parts' boxes, by layer of the U-Net and by timestep; 1 = no preference. `attention.png` shows it.
 - VAE ceiling: PSNR and SSIM of images that only went through the VAE; no sample can be sharper than these.
@@ -37,11 +38,13 @@ if __name__ == "__main__":
 import copy
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import datasets
 import torch
 from PIL import Image
 from torch import Tensor
@@ -53,29 +56,43 @@ from evaluation.attention import attention_sheet, score_parts, sharpest_layer
 from evaluation.attributes import score_attributes
 from evaluation.obedience import FIRST_UNSEEN, Judge, Unseen, dealt_out_anew, measure_monsters, unseen_monsters
 from evaluation.report import in_words
-from evaluation.statistics import kid, precision_recall_coverage
+from evaluation.statistics import below_by_chance, kid, precision_recall_coverage
 from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
 from images import captioned_sheet, image_to_pixels, pixels_to_images, read_parameters, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
 from published.weight_files import first_line
+from samplers import grid_options, timestep_grid
 from stable_diffusion_model import StableDiffusion
+from training.encoded_cache import fingerprint
+from training.image_files import refuse_or_warn, undecodable
 from training.reconstruction import measure, to_bytes
-from training.reproducible import resolve_precision
+from training.reproducible import Processes, resolve_precision
+from training.run_folder import atomically
 from training.script import UserError, run, user_errors
 
 THUMBNAIL = 64  # pixels a side at which images are compared
 ATTENTIVE = 64  # monsters, at most, whose words are looked at
 NOISED = 16  # images, at most, on whose noise the U-Net's prediction is measured
+OTHERS = 50_000  # from here on, counted from the first unseen one, are monsters that nobody asks for: a control
 CROWD = 50  # nearest training images that calibrate the distance to the very nearest
 
 
 class TrainingImages:
     """What the model was trained on: captions, and images at any size. Monsters are drawn at that size at once."""
 
-    def __init__(self, source: str) -> None:
-        self.monsters = monsters.indices_of(source) if monsters.is_spec(source) else []
-        self.found = None if self.monsters else load_captioned_images(source)
+    def __init__(self, options: Options) -> None:
+        self.monsters, self.found = [], None
+        where = (options.split, options.revision, options.caption_column, options.caption)
+        if not monsters.is_spec(options.dataset):
+            self.found = without_bad_images(load_captioned_images(options.dataset, *where), options.on_bad_image)
+        elif where == ("train", None, None, None):
+            self.monsters = monsters.indices_of(options.dataset)
+        else:
+            raise UserError(
+                f"--dataset {options.dataset}: --split, --revision, --caption_column and --caption are for folders and "
+                "the hub; leave them out."
+            )
 
     def __len__(self) -> int:
         return len(self.monsters or self.found)
@@ -98,17 +115,44 @@ class TrainingImages:
             )
 
 
+def without_bad_images(found: datasets.Dataset, on_bad_image: str) -> datasets.Dataset:
+    """All are decoded once, before anything expensive is done. UserError names those that cannot be."""
+    alone = Processes(0, 1, torch.device("cpu"))
+    if bad := undecodable(found, list(range(len(found))), THUMBNAIL, alone):
+        refuse_or_warn(found, bad, on_bad_image, alone)
+    return found.select([i for i in range(len(found)) if i not in bad]) if bad else found
+
+
+def write(path: Path, content: str | Image.Image) -> None:
+    """A text or a PNG, whole or not at all."""
+    try:
+        with atomically(path) as temporary:
+            if isinstance(content, str):
+                temporary.write_text(content, encoding="utf-8")
+            else:
+                save_png(content, temporary)
+    except UserError as error:
+        raise UserError(
+            f"{path}: the disk is full: make room, and the same with --reuse takes what is done."
+        ) from error
+
+
 def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> list[Image.Image]:
     """One image per prompt, seeds counted from --seed; kept as PNGs in --output_dir/images.
 
-    With --reuse, those that are there are taken if they say of themselves that they were made just so.
+    With --reuse, those that are there are taken if they say of themselves that they were made just so, by networks of
+    the same weights; a broken one is made anew.
     """
     said = {"Steps": options.steps, "Sampler": options.sampler, "CFG scale": options.guidance_scale}
     said |= {"Size": f"{options.resolution}x{options.resolution}", "Model": model.name}
     said["LoRA"] = lora.in_words(model.loras)
+    said["Model hash"] = weights = fingerprint(model.unet, model.text_encoder.model, model.vae)[:16]
 
     def is_there(file: Path, prompt: str, seed: int) -> bool:
-        found = read_parameters(file) if file.is_file() else {}
+        try:
+            found = read_parameters(file)
+        except Exception:  # not there, or broken: Pillow has many kinds
+            return False
         expected = {"prompt": prompt, "Seed": seed} | said
         return all(found.get(name) == (None if value is None else str(value)) for name, value in expected.items())
 
@@ -124,11 +168,20 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
         how = {"steps": options.steps, "sampler": options.sampler, "guidance_scale": options.guidance_scale}
         how |= {"height": options.resolution, "width": options.resolution, "progress": False}
         try:
-            made += model.sample(part, seeds=list(seeds), **how)
+            with user_errors():
+                made += model.sample(part, seeds=list(seeds), **how)
         except FloatingPointError as error:  # an overflow
             raise UserError(str(error)) from error
+        except KeyboardInterrupt:
+            print(f"\n{start} of {len(prompts)} images are in {folder}: --reuse takes them.", file=sys.stderr)
+            raise
         for file, image in zip(files, made[start:], strict=True):
-            save_png(image, file)
+            image.info["parameters"] += f", Model hash: {weights}"
+            write(file, image)
+    surplus = [file for file in folder.glob("*.png") if re.fullmatch(r"\d{4,}", file.stem)]
+    for file in [] if options.reuse else surplus:  # of an earlier evaluation of more images
+        if int(file.stem) >= len(prompts):
+            file.unlink()
     return made
 
 
@@ -169,13 +222,30 @@ def thumbnails(made: list[Image.Image]) -> Tensor:
 def measure_obedience(
     made: list[Image.Image], real: list[Image.Image], prompts: list[str], asked: list[Unseen], judge: Judge
 ) -> dict:
-    """R-precision; for monsters (`asked`) also colours, and each attribute of the captions."""
+    """R-precision; for monsters (`asked`) also colours, and each attribute. Nothing if all prompts are the same."""
+    if len(set(prompts)) == 1:  # all are obeyed, or none
+        return {}
     if not asked:
         return {"obedience": judge.with_controls(made, real, prompts)}
     sets = {"samples": made, "real_images": real, "shuffled_samples": dealt_out_anew(made)}
     return {
         "obedience": measure_monsters(made, asked, judge),
         "attributes": score_attributes(sets, [monster.index for monster in asked], judge),
+    }
+
+
+def measure_quality(made: list[Image.Image], real: list[Image.Image], other: list[Image.Image], judge: Judge) -> dict:
+    """KID, precision, recall and coverage against `real`: of the samples, of `other` real images, and of pure noise."""
+    generator = torch.Generator().manual_seed(0)
+    noise = pixels_to_images(torch.rand(len(made), 3, THUMBNAIL, THUMBNAIL, generator=generator))
+    expected, sampled = [judge.image_features(images) for images in (real, made)]
+    controls = {"other_real_images": other, "noise": noise}
+
+    def against_real(features: Tensor) -> dict[str, float]:
+        return kid(expected, features) | precision_recall_coverage(expected, features)
+
+    return against_real(sampled) | {
+        "controls": {name: against_real(judge.image_features(images)) for name, images in controls.items() if images}
     }
 
 
@@ -193,8 +263,11 @@ def measure_prediction(model: StableDiffusion, pixels: Tensor, prompts: list[str
 
 
 def with_raw_weights(model: StableDiffusion, checkpoint: str) -> StableDiffusion:
-    """The model with the U-Net as it was trained, before averaging. UserError if the checkpoint is of another model."""
-    unet = copy.deepcopy(model.unet)
+    """The model with the U-Net as it was trained, before averaging. UserError if the checkpoint is of another model.
+
+    Its text encoder is one of its own, too: a LoRA, added to both models, changes each once.
+    """
+    unet, text_encoder = copy.deepcopy((model.unet, model.text_encoder))
     try:
         unet.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["unet"])
     except Exception as error:  # a damaged file fails anywhere
@@ -202,27 +275,40 @@ def with_raw_weights(model: StableDiffusion, checkpoint: str) -> StableDiffusion
             f"--checkpoint {checkpoint}: cannot be read as one of this model's ({first_line(error)}); pass "
             "checkpoints/step_….pt of the run that made it."
         ) from error
-    return StableDiffusion(*model.parts._replace(unet=unet))
+    return StableDiffusion(*model.parts._replace(unet=unet, text_encoder=text_encoder))
 
 
 def measure_copying(of_samples: Nearest, of_others: Nearest) -> dict:
-    """How near samples come to training images, against images that cannot be copies (`of_others`)."""
+    """How near samples come to training images, against images that cannot be copies (`of_others`).
+
+    Copies by either measure are counted, too: of an image that stands many times in the data, a copy is no nearer to it
+    than to its crowd, and only the distance as it is finds it.
+    """
     measures = ("distance", "calibrated")
     report: dict = {}
     for name, found in (("samples", of_samples), ("images_that_are_no_copies", of_others)):
         values = {measure: getattr(found, measure) for measure in measures}
         report[name] = {measure: {"mean": v.mean().item(), "smallest": v.min().item()} for measure, v in values.items()}
-    for name in measures:
-        limit = getattr(of_others, name).quantile(0.01)
-        report[f"share_of_copies_by_{name}"] = (getattr(of_samples, name) < limit).float().mean().item()
+    called = {}
+    for name, limit in limits_of(of_others).items():
+        called[name] = getattr(of_samples, name) < limit
+        report[f"share_of_copies_by_{name}"] = called[name].float().mean().item()
+    report["share_of_copies_by_either"] = (called["distance"] | called["calibrated"]).float().mean().item()
+    report["share_by_chance"] = below_by_chance(len(of_others.distance))
     return report
 
 
+def limits_of(of_others: Nearest) -> dict[str, float]:
+    """Below these, a sample is called a copy."""
+    return {name: getattr(of_others, name).quantile(0.01).item() for name in ("distance", "calibrated")}
+
+
 def sheet_of_nearest(
-    made: list[Image.Image], prompts: list[str], training: TrainingImages, found: Nearest
+    made: list[Image.Image], prompts: list[str], training: TrainingImages, found: Nearest, limits: dict[str, float]
 ) -> Image.Image:
-    """The 16 samples that are most like copies, the worst first, each beside its training image."""
-    worst = found.calibrated.argsort()[:16].tolist()
+    """The 16 samples that are most like copies, by either measure, the worst first, each beside its training image."""
+    of_limits = [getattr(found, name) / max(limit, 1e-12) for name, limit in limits.items()]
+    worst = torch.minimum(*of_limits).argsort()[:16].tolist()
     twins = pixels_to_images(training.pixels([found.index[i].item() for i in worst], 256) / 2 + 0.5)
     pairs, captions = [], []
     for i, twin in zip(worst, twins, strict=True):
@@ -234,51 +320,62 @@ def sheet_of_nearest(
 def main(argv: list[str]) -> None:
     options = parse_options(Options, with_model_named(argv))
     folder, side = Path(options.output_dir), options.resolution
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file, a folder of others, a disk that is read only
+        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror}); choose another folder.") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output_dir {folder}: cannot be written to; choose another folder.")
     with user_errors():
-        training = TrainingImages(options.dataset)
         model = StableDiffusion.from_pretrained(options.model, device=options.device)
         model.to(model.device, resolve_precision(options.precision, model.device))
-        for path in options.lora:
-            model.load_lora(path)
+        config = grid_options(options.sampler, model.scheduler_config)
+        timestep_grid(options.sampler, model.schedule, options.steps, **config)
+        raw = with_raw_weights(model, options.checkpoint) if options.checkpoint else None
+        for one in [model, raw] if raw else [model]:
+            for path in options.lora:
+                one.load_lora(path)
         judge = Judge.load(options.clip)
-    raw = with_raw_weights(model, options.checkpoint) if options.checkpoint else None
+        training = TrainingImages(options)
     if side % (factor := model.vae.config.downsampling):
         raise UserError(f"--resolution must be divisible by {factor}, not {side}.")
+    if training.monsters and side < 16:
+        raise UserError(f"--resolution {side}: monsters are drawn at 16 pixels and more.")
     if len(training) < 2:
         raise UserError(f"--dataset {options.dataset} holds one image: two at least are needed to tell any apart.")
     if training.monsters:
         asked, shown = unseen_monsters(options.num_samples), []
         prompts = [monster.caption for monster in asked]
-        real = [monsters.draw(monster.index, max(side, 16)) for monster in asked]
+        real = [monsters.draw(monster.index, side) for monster in asked]
+        other = [monsters.draw(FIRST_UNSEEN + OTHERS + i, side) for i in range(len(asked))]
     else:
         count = min(options.num_samples, len(training))  # no image twice: what is real must vary
         asked, shown = [], [i * len(training) // count for i in range(count)]
         captions = training.captions()
         prompts = [captions[i] for i in shown]
         real = pixels_to_images(training.pixels(shown, side) / 2 + 0.5)
+        left = sorted(set(range(len(training))) - set(shown))[:count]
+        other = pixels_to_images(training.pixels(left, side) / 2 + 0.5) if len(left) == count else []
+    known = training.pixels(list(range(len(training))), THUMBNAIL)
     made = sample_all(model, prompts, options)
     kept = ("model", "lora", "dataset", "resolution", "steps", "sampler", "guidance_scale", "seed")
     report: dict = {name: getattr(options, name) for name in kept}
     report |= {"precision": str(model.dtype).removeprefix("torch."), "samples": len(made)}
     report |= measure_obedience(made, real, prompts, asked, judge)
     if len(made) >= 4:
-        features = [judge.image_features(images) for images in (real, made)]
-        report["against_real_images"] = kid(*features) | precision_recall_coverage(*features)
+        report["against_real_images"] = measure_quality(made, real, other, judge)
     noised = torch.stack([to_pixels(image, side) for image in real[:NOISED]])
     report["prediction_error"] = measure_prediction(model, noised, prompts[:NOISED])
     if raw:
         report["prediction_error_of_raw_weights"] = measure_prediction(raw, noised, prompts[:NOISED])
+    pictures = {"samples": captioned_sheet(made[:16], prompts[:16], columns=4)}
     if asked:
         indices = [monster.index for monster in asked[:ATTENTIVE]]
         attention = score_parts(model, indices, side)
         if attention:
             layer = sharpest_layer(attention)
             report["attention_on_parts"] = {"sharpest_layer": layer, "parts": attention}
-            save_png(attention_sheet(model, indices, side, layer), folder / "attention.png")
-    known = training.pixels(list(range(len(training))), THUMBNAIL)
+            pictures["attention"] = attention_sheet(model, indices, side, layer)
     found = nearest(thumbnails(made), known)
     if asked:
         fresh = torch.stack([image_to_pixels(monsters.draw(FIRST_UNSEEN + i, THUMBNAIL)) for i in range(len(made))])
@@ -290,12 +387,14 @@ def main(argv: list[str]) -> None:
     psnr, ssim = measure(model.vae.float(), to_bytes(some))
     report["vae_ceiling"] = {"psnr": psnr, "ssim": ssim}
 
-    save_png(captioned_sheet(made[:16], prompts[:16], columns=4), folder / "samples.png")
-    save_png(sheet_of_nearest(made, prompts, training, found), folder / "nearest.png")
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    text = in_words(report)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    print(text)
+    texts = {"report.json": json.dumps(report, indent=2, allow_nan=False) + "\n", "report.md": in_words(report)}
+    for name, text in texts.items():  # before the pictures: numbers are what took long
+        write(folder / name, text)
+    print(texts["report.md"])
+    pictures["nearest"] = sheet_of_nearest(made, prompts, training, found, limits_of(others))
+    (folder / "attention.png").unlink(missing_ok=True)  # an earlier evaluation's
+    for name, picture in pictures.items():
+        write(folder / f"{name}.png", picture)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 
 import prdc
 import pytest
@@ -19,7 +20,7 @@ import monsters
 from evaluation import obedience
 from evaluation.attributes import CHOICES, score_attributes, variants
 from evaluation.statistics import kid, precision_recall_coverage, share_interval
-from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
+from evaluation.timestep_loss import by_tenths, expanded, intervals, prediction_errors, spread
 from noise_schedule import NoiseSchedule
 from published.lora_files import write_lora
 from stable_diffusion_model import StableDiffusion
@@ -232,7 +233,9 @@ def test_a_perfect_model_gets_a_perfect_report(tmp_path: Path, monkeypatch: pyte
     script.main([*argv, "--device", "cpu", "--precision", "float32", "--output_dir", str(tmp_path / "report")])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["against_real_images"]["precision"] == report["against_real_images"]["coverage"] == 1.0
-    assert abs(report["against_real_images"]["kid"]) < 0.05
+    quality = report["against_real_images"]
+    assert quality["low"] < 0 < quality["high"] and abs(quality["kid"]) < 0.005 < quality["controls"]["noise"]["low"]
+    assert abs(quality["controls"]["other_real_images"]["kid"]) < 0.005
     samples, real, shuffled = report["attributes"].values()
     assert samples == real and samples["colour"] == {"asked": 12, "obeyed": 1.0}
     assert shuffled["colour"]["obeyed"] < 0.5
@@ -270,6 +273,20 @@ def test_variants_exchange_one_phrase_for_each_other_value() -> None:
     assert variants(next(i for i in range(99) if " red " in monsters.caption(i)))["colour"][0].count("red") == 1
 
 
+def test_variants_keep_number_and_whole_words() -> None:
+    """ "two horns" becomes "one horn", and "feathered" keeps its red."""
+    index = next(i for i in range(999) if "two horns" in monsters.caption(i))
+    caption, *others = variants(index)["ears or horns"]
+    assert caption.replace("two horns", "one horn") in others and not any("two a horn" in other for other in others)
+    for i in range(3000):
+        colour, caption = monsters.roll(i).colour, monsters.caption(i)
+        if colour == "red" and "feathered" in caption:
+            found = variants(i).get("colour", [])
+            assert bool(found) == (" red " in caption) and all("feathered" in other for other in found)
+    for asked in obedience.unseen_monsters(300):
+        assert asked.colour in re.findall(r"\w+", asked.caption)
+
+
 def test_intervals_hold_what_they_say() -> None:
     low, high = share_interval(0.97, 100)
     assert (round(low, 3), round(high, 3)) == (0.915, 0.990)  # Wilson's, as published tables have it
@@ -285,11 +302,27 @@ def test_the_prediction_errors_interval_is_that_of_other_images() -> None:
         of_images = torch.rand(16, generator=generator)
         interval, of_tenths = intervals((of_images[which] + rising).tolist(), which)
         held += interval[0] < 0.5 + 4.5 < interval[1]
-    assert 85 <= held <= 99
-    assert interval[1] - interval[0] == pytest.approx(2 * 1.96 * of_images.std().item() / 4, rel=0.3)
+    assert 90 <= held <= 100
+    assert interval[1] - interval[0] == pytest.approx(2 * 2.131 * of_images.std().item() / 4, rel=0.1)  # Student's t
+    tenth = of_tenths[4][1] - of_tenths[4][0]
+    assert tenth > 2 * 2.131 * of_images.std().item() / 4  # of seven of the images only
     assert len(of_tenths) == 10 and all(low < high for low, high in of_tenths)
     assert [low > 8 - i for i, (low, _) in enumerate(of_tenths)] == [True] * 10  # each about its own level
     assert intervals([2.0] * 70, which) == ((2.0, 2.0), [(2.0, 2.0)] * 10)
+
+
+def test_intervals_of_few_images_are_wider() -> None:
+    """Hesterberg 2015, Section 5.4: Φ(-√(n/(n-1)) t), here with t from tables."""
+    normal = NormalDist()
+    for count, t in ((5, 2.776), (16, 2.131), (1000, 1.962)):
+        exact = normal.cdf(-((count / (count - 1)) ** 0.5) * t)
+        assert normal.inv_cdf(expanded(count)) == pytest.approx(normal.inv_cdf(exact), rel=0.01)
+    generator, held = torch.Generator().manual_seed(0), 0
+    which = spread(8, 1000, torch.device("cpu"))[0]
+    for _ in range(100):
+        low, high = intervals(torch.randn(8, generator=generator)[which].tolist(), which)[0]
+        held += low < 0 < high
+    assert held >= 88
 
 
 def test_kid_is_0_for_one_distribution_and_not_for_two(judge: obedience.Judge) -> None:
@@ -305,14 +338,16 @@ def test_kid_is_0_for_one_distribution_and_not_for_two(judge: obedience.Judge) -
     assert 0.05 < other["low"] < other["kid"] < other["high"]
     x, y = a.double(), (b + shift).double()  # its definition: Bińkowski et al. 2018, Equation 4
     k = lambda p, q: (p @ q.T / 8 + 1) ** 3  # noqa: E731
-    unbiased = ((k(x, x) + k(y, y)) * (1 - torch.eye(100))).sum() / (100 * 99) - 2 * k(x, y).mean()
-    assert other["kid"] == pytest.approx(unbiased.item(), rel=1e-3)
+    unbiased = ((k(x, x) + k(y, y) - 2 * k(x, y)) * (1 - torch.eye(100))).sum() / (100 * 99)
+    assert other["kid"] == pytest.approx(unbiased.item(), rel=1e-6)
+    assert kid(a, a)["low"] < 0 < kid(a, a)["high"] and abs(kid(a, a)["kid"]) < 1e-9  # a set is no enemy of itself
     drawn = [monsters.draw(i, 96) for i in range(120) if monsters.roll(i).colour in ("red", "blue")]
     features, half = judge.image_features(drawn), len(drawn) // 2
     red = torch.tensor(
         [monsters.roll(i).colour == "red" for i in range(120) if monsters.roll(i).colour in ("red", "blue")]
     )
-    assert kid(features[red], features[~red])["low"] > 0.05 > 3 * kid(features[:half], features[half:])["kid"]
+    found, same = kid(features[red], features[~red]), kid(features[:half], features[half : 2 * half])
+    assert found["low"] > 0.004 > 3 * abs(same["kid"])
 
 
 def test_precision_recall_and_coverage_know_what_is_missing() -> None:
@@ -350,6 +385,20 @@ def test_prediction_errors_are_those_of_the_steps_loss_and_repeat_themselves() -
         patch.setattr(NoiseSchedule, "add_noise", remember)
         patch.setattr(model.unet, "forward", lambda *_: seen[-1])
         assert max(prediction_errors(model, pixels, ["a"] * 3)) == 0.0
+
+
+def test_the_unet_is_shown_noisy_latents_their_timestep_and_their_caption() -> None:
+    model, seen = tiny_model(), []
+    pixels = torch.rand(3, 3, 64, 64) * 2 - 1
+    hook = model.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    prediction_errors(model, pixels, ["a", "b", "c"])
+    hook.remove()
+    x, t, context = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    which, timesteps = spread(3, 1000, torch.device("cpu"))
+    assert torch.equal(t, timesteps) and torch.equal(context, model.encode_prompts(["a", "b", "c"])[which])
+    clean = model.encode_images(pixels, torch.Generator().manual_seed(0))[which]
+    kept = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item() for a, b in zip(x, clean, strict=True)]
+    assert kept[0] > 0.8 and max(map(abs, kept[-5:])) < 0.4  # of the image, ever less is left
 
 
 def test_an_overflow_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
