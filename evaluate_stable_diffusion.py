@@ -41,6 +41,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
@@ -319,6 +320,8 @@ def sheet_of_nearest(
 
 def main(argv: list[str]) -> None:
     options = parse_options(Options, with_model_named(argv))
+    if len(options.lora_scale) > len(options.lora):
+        raise UserError("--lora_scale: give a --lora for each.")
     folder, side = Path(options.output_dir), options.resolution
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -333,8 +336,8 @@ def main(argv: list[str]) -> None:
         timestep_grid(options.sampler, model.schedule, options.steps, **config)
         raw = with_raw_weights(model, options.checkpoint) if options.checkpoint else None
         for one in [model, raw] if raw else [model]:
-            for path in options.lora:
-                one.load_lora(path)
+            for path, scale in zip_longest(options.lora, options.lora_scale, fillvalue=1.0):
+                one.load_lora(path, scale)
         judge = Judge.load(options.clip)
         training = TrainingImages(options)
     if side % (factor := model.vae.config.downsampling):
@@ -358,7 +361,7 @@ def main(argv: list[str]) -> None:
         other = pixels_to_images(training.pixels(left, side) / 2 + 0.5) if len(left) == count else []
     known = training.pixels(list(range(len(training))), THUMBNAIL)
     made = sample_all(model, prompts, options)
-    kept = ("model", "lora", "dataset", "resolution", "steps", "sampler", "guidance_scale", "seed")
+    kept = ("model", "lora", "lora_scale", "dataset", "resolution", "steps", "sampler", "guidance_scale", "seed")
     report: dict = {name: getattr(options, name) for name in kept}
     report |= {"precision": str(model.dtype).removeprefix("torch."), "samples": len(made)}
     report |= measure_obedience(made, real, prompts, asked, judge)

@@ -1,7 +1,14 @@
 """A report of `evaluate_stable_diffusion.py` as Markdown: tables, each number with its interval and its control."""
 
+from collections.abc import Iterable
+from itertools import zip_longest
+
 from evaluation.attention import table
 from evaluation.statistics import below_by_chance, share_interval
+
+
+def _loras(report: dict) -> Iterable[tuple[str, float]]:
+    return zip_longest(report["lora"], report.get("lora_scale", ()), fillvalue=1.0)
 
 
 def in_words(report: dict) -> str:
@@ -12,7 +19,7 @@ def in_words(report: dict) -> str:
         "",
         f"{report['samples']} samples at {report['resolution']}×{report['resolution']}, {how}, seeds from "
         f"{report['seed']}, {report['precision']}; trained on {report['dataset']}"
-        + "".join(f"; with {lora}" for lora in report["lora"])
+        + "".join(f"; with {lora}" + f" at {scale:g}" * (scale != 1) for lora, scale in _loras(report))
         + ". In brackets: an interval that holds the true value in 19 of 20 cases"
         + (" (too narrow for prediction errors of so few images)." if report["samples"] < 8 else "."),
         "",

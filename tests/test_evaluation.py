@@ -204,7 +204,12 @@ def test_loras_are_added_before_anything_is_measured(tmp_path: Path, monkeypatch
     argv = [str(tmp_path / "model"), "--dataset", "monsters:4", "--num_samples", "2", "--resolution", "64"]
     with pytest.raises(ZeroDivisionError):
         script.main([*argv, "--lora", str(tmp_path / "fox.safetensors"), "--output_dir", str(tmp_path / "report")])
-    assert seen == [{"fox": 1.0}]
+    argv += ["--lora", str(tmp_path / "fox.safetensors"), "--lora_scale", "0.5"]
+    with pytest.raises(ZeroDivisionError):
+        script.main([*argv, "--output_dir", str(tmp_path / "report")])
+    assert seen == [{"fox": 1.0}, {"fox": 0.5}]
+    with pytest.raises(UserError, match="give a --lora for each"):
+        script.main([*argv, "1"])
 
 
 def test_captions_of_a_folder_are_judged_with_its_own_images(tmp_path: Path) -> None:

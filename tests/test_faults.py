@@ -81,7 +81,7 @@ FAULTS = [
     Fault("raw weights saved, validated and previewed", UNET, "model.unet = self.ema.module if self.ema else self.unet", "model.unet = self.unet", JUDGED),
     Fault("raw weights validated", UNET, "validation_losses(self.model.unet,", "validation_losses(self.unet,", JUDGED),
     Fault("the prompt alone in the guidance batch", "guidance.py", "torch.cat([empty, context])), context", "torch.cat([context, context])), context", "test_sampling.py::test_a_negative_prompt_counts"),
-    Fault("keys of the wrong text", "stable_diffusion_model.py", "keys_and_values(context))", "keys_and_values(contexts[0][0]))", "test_sampling.py::test_the_text_is_projected_once_and_not_in_every_step"),
+    Fault("keys of the wrong text", "stable_diffusion_model.py", "prepared(context))", "prepared(contexts[0][0]))", "test_sampling.py::test_the_text_is_projected_once_and_not_in_every_step"),
     Fault("the text projected in every step", "stable_diffusion_model.py", "functools.cache(self.unet.keys_and_values)", "self.unet.keys_and_values", "test_sampling.py::test_the_text_is_projected_once_and_not_in_every_step"),
     Fault("raw weights previewed", UNET, "return self.model.sample(", "self.model.unet = self.unet; return self.model.sample(", JUDGED),
     Fault("raw weights saved", UNET, "lambda path: low_rank.write(", "lambda path: setattr(self.model, 'unet', self.unet) or low_rank.write(", JUDGED),

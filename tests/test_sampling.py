@@ -244,7 +244,7 @@ def test_the_text_is_projected_once_and_not_in_every_step(model, options, texts,
     cross = next(module for name, module in model.unet.named_modules() if name.endswith("attn2"))
     seen: list[int] = []
     hook = cross.to_k.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    sample(model, steps=steps, **options)
+    model.sample(PROMPTS, steps=steps, progress=False, **SIZE, **options)
     hook.remove()
     assert seen == [n for n in texts for _ in PROMPTS]  # each image by itself, on a CPU
 

@@ -323,6 +323,7 @@ class EvaluationOptions:
     # fmt: off
     model: str = option(str(_HERE / "stable_diffusion_results" / "monsters" / "model"), "the model: folder, hub id or single file", group="what is measured")
     lora: list[str] = option([], "one or more LoRAs, added to the model: files, folders or hub ids")
+    lora_scale: list[float] = option([], "how strongly each --lora counts; those without count fully")
     checkpoint: str = option("", "a checkpoint of the run that made it (checkpoints/step_….pt): how well its raw weights predict, beside the averaged ones")
     dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
     split: str = option("train", "split of the data set")
