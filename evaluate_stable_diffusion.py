@@ -126,16 +126,11 @@ def without_bad_images(found: datasets.Dataset, on_bad_image: str) -> datasets.D
 
 def write(path: Path, content: str | Image.Image) -> None:
     """A text or a PNG, whole or not at all."""
-    try:
-        with atomically(path) as temporary:
-            if isinstance(content, str):
-                temporary.write_text(content, encoding="utf-8")
-            else:
-                save_png(content, temporary)
-    except UserError as error:
-        raise UserError(
-            f"{path}: the disk is full: make room, and the same with --reuse takes what is done."
-        ) from error
+    with atomically(path, then="start again with --reuse, which takes what is done") as temporary:
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            save_png(content, temporary)
 
 
 def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> list[Image.Image]:

@@ -1,6 +1,7 @@
 """The script `evaluate_stable_diffusion.py`: what it refuses, what each figure is of, what it keeps, what it says."""
 
 import copy
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from published.lora_files import write_lora
 from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model
+from training import run_folder
 from training.script import UserError
 
 SHIPPED = json.loads((ROOT / "stable_diffusion_results" / "monsters" / "report.json").read_text(encoding="utf-8"))
@@ -303,3 +305,13 @@ def test_captions_that_are_all_the_same_are_not_judged() -> None:
     report = {name: value for name, value in SHIPPED.items() if name not in ("obedience", "attributes")}
     text = in_words(report)
     assert "All captions are the same" in text and "R-precision" not in text
+
+
+def test_a_full_disk_names_reuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "_flush", full)
+    with pytest.raises(UserError, match=r"the disk is full.*--reuse, which takes what is done"):
+        script.write(tmp_path / "report.md", "words")
+    assert not list(tmp_path.iterdir())

@@ -94,6 +94,7 @@ def test_measures_of_a_perfect_and_a_blind_vae() -> None:
     psnr, ssim = measure(Perfect(), images.clamp(0, 245))
     assert psnr == pytest.approx(20 * torch.log10(torch.tensor(25.5)).item(), abs=0.05)
     assert 0.9 < ssim < 1
+    assert measure(Perfect(), torch.full_like(images, 255)) == (100, 1)  # white stays white: no infinite PSNR
 
 
 def test_latents_are_standardised_and_reconstructions_stay() -> None:

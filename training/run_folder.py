@@ -45,8 +45,11 @@ class DivergedError(UserError, FloatingPointError):
 
 
 @contextlib.contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; after the block the file or folder is on the disk and takes its own name."""
+def atomically(path: Path, then: str = "go on with --resume") -> Iterator[Path]:
+    """Gives a temporary name to write to; after the block the file or folder is on the disk and takes its own name.
+
+    UserError if the disk is full: to make room, and `then` what goes on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     _remove(temporary)
@@ -54,9 +57,7 @@ def atomically(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
             _flush(file)
-        if (
-            path.is_dir()
-        ):  # a folder cannot be renamed onto another; `RunFolder` puts the old one back after a kill here
+        if path.is_dir():  # cannot be renamed onto; `RunFolder` puts the old one back after a kill here
             _remove(old)
             path.rename(old)
         temporary.replace(path)
@@ -66,7 +67,7 @@ def atomically(path: Path) -> Iterator[Path]:
         told = re.search(r"os error (\d+)", str(error))  # safetensors' own errors have no errno
         if (int(told[1]) if told else getattr(error, "errno", None)) in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{path}: the disk is full; what was there before is untouched: make room and go on with --resume."
+                f"{path}: the disk is full; what was there before is untouched: make room and {then}."
             ) from error
         raise
     finally:
