@@ -24,9 +24,10 @@ from lora import PLAIN, LoRAConv2d, LoRALinear
 
 FROM_CALLS = 8  # for fewer, ordering takes longer than it saves
 LINEAR_FROM = 2**16  # numbers in a weight; smaller ones are products of MKL in float32, which are as fast or faster
+GIVE_BACK_EVERY = 2**27  # bytes of weights that were emptied: else they are kept beside those in order, 8 % too much
 ONE_AT_A_TIME = threading.RLock()  # a model may sample in several threads
 SAMPLINGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of each U-Net, those that are under way
-THIS_THREAD = threading.local()  # `packed`: it samples, and long enough
+THIS_THREAD = threading.local()  # `packed`: it samples, and long enough; `emptied`: bytes since some were given back
 
 
 def _pytorchs_own() -> tuple:
@@ -53,9 +54,12 @@ class Packed(nn.Module):
             here = getattr(THIS_THREAD, "packed", False) and not torch.is_autocast_enabled("cpu")
             if here and self.packed is None and x.dtype == self.weight.dtype:
                 with torch.inference_mode(False):
-                    weight = self.weight.data
-                    self.packed = kind.ordered(self, weight, x)
-                    self.weight.data = weight.new_empty(0)  # so that it takes no more memory
+                    self.packed = kind.ordered(self, self.weight.data, x)
+                    THIS_THREAD.emptied = getattr(THIS_THREAD, "emptied", 0) + self.weight.nbytes
+                    self.weight.data = self.weight.new_empty(0)  # so that it takes no more memory
+                if THIS_THREAD.emptied >= GIVE_BACK_EVERY:
+                    _give_memory_back()
+                    THIS_THREAD.emptied = 0
             weight = self.packed if here and x.dtype == self.weight.dtype else _plain_weight(self)
         return kind.output(self, x, weight)
 
@@ -187,7 +191,7 @@ def unpack(unet: nn.Module) -> None:
 
 
 def _give_memory_back() -> None:
-    """What the packed weights took, for the C library would keep it, in pieces that a VAE finds too small."""
+    """What weights took, for the C library would keep it, in pieces too small for the next weight and for a VAE."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # glibc has it
         library.malloc_trim(0)
 

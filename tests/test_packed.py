@@ -361,6 +361,19 @@ def test_memory_is_given_back_where_something_was_packed(model, monkeypatch):
     sampling.packed._give_memory_back()
 
 
+@torch.no_grad()
+def test_memory_is_given_back_while_weights_are_ordered(model, monkeypatch):
+    """Else what emptied weights took stood beside the ordered ones: 8 % more memory for the `pokemon` U-Net."""
+    given_back, here = [], threading.local()
+    monkeypatch.setattr(sampling.packed, "THIS_THREAD", here)
+    monkeypatch.setattr("sampling.packed._give_memory_back", lambda: given_back.append(here.emptied))
+    with packed(model.unet, 8):
+        quarter = sum(layer.weight.nbytes for layer in packed_layers(model.unet)) // 4
+        monkeypatch.setattr("sampling.packed.GIVE_BACK_EVERY", quarter)
+        call(model), call(model)
+        assert 2 <= len(given_back) <= 4 and min(given_back) >= quarter > here.emptied
+
+
 def test_an_interrupt_at_any_line_is_mended_by_the_next_sampling(model):
     """At each line of the module in turn; what it leaves packed gives its state to whoever asks for it, even before."""
     expected, before, weights = image(model), state(model.unet), copy.deepcopy(model.unet.state_dict())
