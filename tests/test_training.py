@@ -5,8 +5,11 @@ import dataclasses
 import filecmp
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -188,6 +191,28 @@ def test_ema_follows_and_forgets_its_start() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The script
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_compiling_takes_is_said_and_counts_as_no_speed(parts: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    calls = []
+
+    def compiled(network: torch.nn.Module) -> Callable:
+        def call(*args) -> torch.Tensor:
+            time.sleep(0 if calls else 2)
+            calls.append(network)
+            return network(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    few = ("--max_steps", "3", "--log_every", "3", "--preview_every", "0", "--validate_every", "0")
+    script.main(arguments(parts, tmp_path / "run", *few, "--compile"))
+    printed = capsys.readouterr().out
+    assert len(calls) == 3 and re.search(r"step 1: took [23] s, since torch\.compile", printed)
+    speed = float(re.search(r"step 3/3: loss .*, (.*) images/s", printed)[1])
+    assert speed > 12 / 2, "the images of all three steps, as if they had taken the two seconds, too"
+    script.main(arguments(parts, tmp_path / "plain", *few))
+    assert len(calls) == 3 and "torch.compile" not in capsys.readouterr().out
 
 
 def test_a_run_folder_explains_itself_and_is_not_overwritten(parts: Path, tmp_path: Path) -> None:

@@ -123,6 +123,11 @@ class Reporter:
         self.rate = learning_rate
         self.recent.append({name: value.detach().float() for name, value in values.items()})
         self.step += 1
+        if self.step == self.first_step + 1 and getattr(self.options, "compile", False):
+            values["loss"].item()  # waits for the device
+            took = time.perf_counter() - self.timed_at
+            self.say(f"step {self.step}: took {took:.0f} s, since torch.compile compiled what the next ones run")
+            self._time_from_here()
         if self.bar is not None:
             self.bar.update()
         self.stopping = self.processes.any(self.stop.asked)
