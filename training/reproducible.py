@@ -145,7 +145,9 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int, device: tor
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // count
     parts = [shuffled(positions[epochs == e] % count, count, seed, e) for e in range(epochs[0], epochs[-1] + 1)]
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+    indices = torch.from_numpy(np.concatenate(parts))
+    # A copy from pinned memory does not wait until the GPU has done the steps that it was sent before.
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
 
 
 def shuffled(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
