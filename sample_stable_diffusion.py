@@ -276,6 +276,7 @@ def load_model(options: argparse.Namespace, width: int, height: int) -> "StableD
 def draw(options: argparse.Namespace, jobs: list[tuple[str, int]], paths: list[Path]) -> Iterator[Path]:
     """Draws the image of each (prompt, seed) and yields its path when it is written."""
     from images import save_png
+    from sampling.packed import packed
 
     start, mask = start_image(options) if options.init_image else (None, None)
     width, height = start.size if start else (options.width or 512, options.height or 512)
@@ -285,33 +286,34 @@ def draw(options: argparse.Namespace, jobs: list[tuple[str, int]], paths: list[P
         f"on {model.device}: {options.steps} steps, guidance {options.guidance_scale:g}"
     )
     batch_size = options.batch_size or (1 if model.device.type == "cpu" else 4)
-    for first in range(0, len(jobs), batch_size):
-        batch = slice(first, first + batch_size)
-        prompts, seeds = zip(*jobs[batch], strict=True)
-        try:
-            images = model.sample(
-                list(prompts),
-                negative_prompts=options.negative_prompt,
-                seeds=list(seeds),
-                steps=options.steps,
-                sampler=options.sampler,
-                eta=options.eta,
-                karras=options.karras or None,
-                guidance_scale=options.guidance_scale,
-                guidance_rescale=options.guidance_rescale,
-                height=height,
-                width=width,
-                init_images=start,
-                strength=options.strength,
-                masks=mask,
-                vae_tiling=options.vae_tiling,
-                progress=sys.stderr.isatty(),
-            )
-        except FloatingPointError as error:  # an overflow
-            raise UserError(str(error)) from error
-        for image, path in zip(images, paths[batch], strict=True):
-            save_png(image, path)
-            yield path
+    with packed(model.unet, options.steps):  # a CPU orders the weights once for all images
+        for first in range(0, len(jobs), batch_size):
+            batch = slice(first, first + batch_size)
+            prompts, seeds = zip(*jobs[batch], strict=True)
+            try:
+                images = model.sample(
+                    list(prompts),
+                    negative_prompts=options.negative_prompt,
+                    seeds=list(seeds),
+                    steps=options.steps,
+                    sampler=options.sampler,
+                    eta=options.eta,
+                    karras=options.karras or None,
+                    guidance_scale=options.guidance_scale,
+                    guidance_rescale=options.guidance_rescale,
+                    height=height,
+                    width=width,
+                    init_images=start,
+                    strength=options.strength,
+                    masks=mask,
+                    vae_tiling=options.vae_tiling,
+                    progress=sys.stderr.isatty(),
+                )
+            except FloatingPointError as error:  # an overflow
+                raise UserError(str(error)) from error
+            for image, path in zip(images, paths[batch], strict=True):
+                save_png(image, path)
+                yield path
 
 
 def main(argv: list[str]) -> None:

@@ -280,6 +280,7 @@ class StableDiffusion:
             karras, timestep_spacing: override what the model's scheduler config says about the timestep grid.
             noise: starting noise (N, 4, h, w) instead of the seeds', for interpolations.
             callback: called after each step with (step, t, x_t, predicted x_0); a tensor it returns replaces x_t.
+                With one, float32 sums on a CPU may come in another order.
 
         Image k of a batch equals the image that its seed gives alone: on a CPU bit for bit, for the same number of
         threads; on a GPU, where batches are faster, up to the order of sums in the matrix kernels. The images'
@@ -338,7 +339,7 @@ class StableDiffusion:
             return self._predict(x_t, t, prepared(context))
 
         bar = tqdm(total=len(grid), desc=f"sampling with {sampler}", unit="step", disable=not progress)
-        with bar, packed(self.unet, len(grid) * len(contexts) * fixed):
+        with bar, packed(self.unet, len(grid) * fixed):  # by the steps, so that an image alone has a batch's bits
 
             def predict(x_t: Tensor, t: float) -> Tensor:
                 parts = zip(x_t.split(together), contexts, strict=True)

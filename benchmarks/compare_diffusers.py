@@ -318,7 +318,11 @@ def main() -> None:
         print("\n\n".join(profile_table(case) for case in cases))
         return
     for case in [] if options.table else cases:
-        result = measure(case, options.rounds, options.apart) | machine(options.device.type)
+        try:
+            result = measure(case, options.rounds, options.apart) | machine(options.device.type)
+        except RuntimeError as error:  # with --apart: a turn that memory did not suffice for, above all
+            print(f"{case.row}, {case.model}, {case.dtype}: left out ({error}).", file=sys.stderr)
+            continue
         keep(RESULTS, [result], ("row", "model", "dtype", "device_name", "compile", "apart"))
         print(table([result]).splitlines()[-1], flush=True)
     results = kept(RESULTS)

@@ -76,7 +76,7 @@ def kept(file: Path) -> list[dict]:
         results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): mend it, or move it away to begin a new one.") from error
-    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+    if not isinstance(results, list) or not all(isinstance(r, dict) and "device_name" in r for r in results):
         raise ValueError(f"{file} is no list of results: mend it, or move it away to begin a new one.")
     return results
 

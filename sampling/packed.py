@@ -41,7 +41,7 @@ class Packed(nn.Module):
     """A layer that orders its weight anew when it first computes, and has its parameter empty from then on.
 
     Other threads compute with the weight as it was. Whoever wants more than the output (the layer's state, a copy,
-    another dtype, gradients) gets the layer as it was.
+    another dtype, gradients) gets the layer as it was; only `weight` and `parameters()` are empty meanwhile.
     """
 
     packed: Tensor | None
@@ -136,15 +136,15 @@ def packed(unet: UNet, calls: int) -> Iterator[None]:
 def pack(unet: UNet) -> None:
     """From now on, layers order their weights once, until `unpack`, and this thread computes with these.
 
-    It changes nothing on other devices, for dtypes that the CPU has no kernels for, under autocast, where the U-Net is
-    compiled, and for layers that compute otherwise than PyTorch's own.
+    It changes nothing on other devices, for dtypes that the CPU has no kernels for, under autocast, where the U-Net or
+    a part of it is compiled, and for layers that compute otherwise than PyTorch's own.
     """
     THIS_THREAD.packed = True
     layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     if (
         type(unet) is not UNet
         or torch.is_autocast_enabled("cpu")
-        or any(module._compiled_call_impl is not None for module in unet.modules())
+        or any(_is_compiled(module) for module in unet.modules())
         or PYTORCHS_OWN != _pytorchs_own()
         or torch._C._len_torch_dispatch_stack()  # somebody counts or changes what is computed
     ):
@@ -165,6 +165,12 @@ def pack(unet: UNet) -> None:
         ):
             layer.packed, layer.plain, layer.strides = None, type(layer), weight.stride()
             layer.__class__ = PACKED[type(layer)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Or was given another `forward`, which may be a compiled one; of single layers, `pack` looks itself."""
+    of_its_own = "forward" in vars(module) and not isinstance(module, nn.Conv2d | nn.Linear)
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod") or of_its_own
 
 
 def _pads_with_zeros(layer: nn.Conv2d) -> bool:

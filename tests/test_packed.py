@@ -284,8 +284,10 @@ def test_layers_that_compute_otherwise_are_left_alone(model, monkeypatch):
         without.setattr("sampling.packed._dtypes_of_onednn", set)
         assert image(model) == tiled != plain
     one.forward = lambda x: nn.Conv2d.forward(one, x)
+    other = next(layer for layer in reversed(list(model.unet.modules())) if isinstance(layer, nn.Conv2d))
+    other._conv_forward = lambda *args: nn.Conv2d._conv_forward(other, *args)
     with packed(model.unet, 9):
-        assert one not in packed_convolutions(model.unet) != []
+        assert not {one, other} & set(packed_convolutions(model.unet)) and packed_convolutions(model.unet)
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: 0 * nn.functional.conv2d(x, w, b))
     with packed(model.unet, 9):
         assert packed_layers(model.unet) == []
@@ -461,3 +463,49 @@ def test_other_dtypes_and_devices_are_left_alone(model):
     for unet in (copy.deepcopy(model.unet).double(), copy.deepcopy(model.unet).to("meta")):
         with packed(unet, 9):
             assert not any(isinstance(layer, Packed) for layer in unet.modules())
+
+
+def test_what_is_packed_depends_on_the_steps_and_not_on_the_number_of_images(model, monkeypatch):
+    """Else, in float32, an image of a batch would not have the bits that its seed gives alone."""
+    monkeypatch.setattr("sampling.packed.FROM_CALLS", 3)
+    asked = []
+    monkeypatch.setattr("sampling.packed.pack", lambda unet: asked.append(unet))
+    for images, steps in ((1, 2), (3, 2), (1, 3), (3, 3)):
+        model.sample(["a red fox"] * images, **HOW | {"steps": steps})
+        assert len(asked) == (steps == 3), (images, steps)
+        asked.clear()
+
+
+def test_a_network_with_compiled_parts_is_left_alone(model):
+    unet = model.unet
+    inner = unet.mid_block.resnets[0]
+    for owner, name, value in (
+        (unet.mid_block, "forward", torch.compile(unet.mid_block.forward, backend="eager")),
+        (unet.mid_block.resnets, "0", torch.compile(inner, backend="eager")),
+    ):
+        setattr(owner, name, value)
+        with packed(unet, 9):
+            assert packed_layers(unet) == []
+        if name == "forward":
+            del owner.forward
+        else:
+            owner[0] = inner
+    with packed(unet, 9):
+        assert packed_layers(unet) != []
+
+
+def test_who_samples_within_a_sampling_leaves_it_as_it_was(model, monkeypatch):
+    monkeypatch.setattr("sampling.packed.FROM_CALLS", 8)
+    this = sampling.packed.THIS_THREAD
+    with packed(model.unet, 9):
+        with packed(model.unet, 1):
+            assert not this.packed
+        assert this.packed
+    assert not this.packed
+
+
+def test_weights_ordered_in_inference_mode_are_ordinary_tensors(model):
+    with torch.inference_mode(), packed(model.unet, 9):
+        call(model)
+        assert not any(layer.packed.is_inference() for layer in packed_layers(model.unet))
+    assert not any(p.is_inference() for p in model.unet.parameters())

@@ -12,6 +12,7 @@ from PIL import Image
 
 import sample_stable_diffusion
 import samplers
+import sampling.packed
 from images import read_parameters
 from sample_stable_diffusion import SHIPPED_MODEL, main, parse
 from stable_diffusion_model import StableDiffusion
@@ -212,6 +213,16 @@ def test_every_prompt_meets_every_seed(folder, capsys):
     assert capsys.readouterr().out.splitlines() == [str(path) for path in made]
     read = [read_parameters(path) for path in made]
     assert [(r["prompt"], r["Seed"]) for r in read] == [("a/b: c", "1"), ("a/b: c", "2"), ("d", "1"), ("d", "2")]
+
+
+def test_a_cpu_orders_the_weights_once_for_all_images(folder, monkeypatch):
+    monkeypatch.setattr("sampling.packed.FROM_CALLS", 2)
+    ordered, pack = [], sampling.packed.pack
+    monkeypatch.setattr("sampling.packed.pack", lambda unet: ordered.append(pack(unet)))
+    main(["a fox", "--model", folder, *SMALL, "--seeds", "1", "2", "3"])
+    assert len(ordered) == 1
+    main(["a fox", "--model", folder, *SMALL, "--seeds", "2", "--output", "alone.png"])
+    assert Path("alone.png").read_bytes() == Path("sample_001.png").read_bytes()
 
 
 def test_several_images_number_the_file(folder):
