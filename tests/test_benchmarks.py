@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 import json
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -210,6 +212,37 @@ def test_turns_may_be_processes_of_their_own(tiny: None, monkeypatch: pytest.Mon
     assert result["memory_mb"] == {"ours": 106, "documented": 204, "tuned": 155}
 
 
+def test_a_turn_that_ends_badly_leaves_out_its_case_alone(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def in_a_process(case: compare_diffusers.Case, side: str) -> dict:
+        if case.row == "unet":
+            raise RuntimeError("exit status -9")
+        return {"seconds": 1.0, "memory_mb": 100.0}
+
+    monkeypatch.setattr(compare_diffusers, "in_a_process", in_a_process)
+    monkeypatch.setattr(compare_diffusers, "RESULTS", tmp_path / "results.json")
+    argv = ["compare", "--models", "tiny", "--dtypes", "float32", "--rounds", "1", "--apart", "--rows", "unet", "train"]
+    monkeypatch.setattr("sys.argv", argv)
+    compare_diffusers.main()
+    assert [result["row"] for result in measuring.kept(tmp_path / "results.json")] == ["train"]
+    assert "unet, tiny, float32: left out (exit status -9)." in capsys.readouterr().err
+
+
+def test_processes_of_the_documented_side_have_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which importing this repository would change: see vae_model.py."""
+    asked = []
+
+    def run(command: list[str], env: dict, **_: object) -> subprocess.CompletedProcess:
+        asked.append(env["THP_MEM_ALLOC_ENABLE"])
+        return subprocess.CompletedProcess(command, 0, stdout="{}")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for side in contestants.SIDES:
+        compare_diffusers.in_a_process(compare_diffusers.Case("unet", "tiny", "float32"), side)
+    assert asked == ["1", "0", "1", "0"]
+
+
 def test_results_are_kept_one_for_each_case_and_machine(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -249,7 +282,7 @@ def test_each_way_of_measuring_has_its_result(tiny: None, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("script", [compare_diffusers, quickstart, scaling, what_breaks])
-@pytest.mark.parametrize("content", ["[{", "<<<<<<< HEAD\n[]", "{}", "[1]"])
+@pytest.mark.parametrize("content", ["[{", "<<<<<<< HEAD\n[]", "{}", "[1]", "[{}]"])
 def test_a_damaged_file_of_results_is_told_before_anything_is_measured(
     script: object, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -335,6 +368,9 @@ def test_scaling_measures_every_value_of_a_row(tiny: None, tmp_path: Path, monke
         assert all(len(result["seconds"]) == 2 and min(result["seconds"]) > 0 for result in measured)
         work = [result["operations"] for result in measured]
         assert {"batch": 1.99, "side": 2.5}.get(name, 0.99) * work[0] < work[1] < 5 * work[0]
+    held = iter((100.0, 130.0, 200.0, 250.0))
+    monkeypatch.setattr(scaling, "memory", lambda _: next(held))
+    assert [result["memory_mb"] for result in scaling.row("batch", "tiny", cpu, tmp_path)] == [30, 50]
     assert scaling.matrix_rate(cpu, torch.float32) > 1e8
     monkeypatch.setattr(scaling, "seconds", lambda work, device: 2.0)
     assert scaling.matrix_rate(cpu, torch.float32) == 2048**3  # products and as many sums, in two seconds
@@ -371,10 +407,21 @@ def test_a_value_alone_leaves_the_rest_of_its_row(tmp_path: Path, monkeypatch: p
     assert calls == [[2, 4, 8], [3, 4], [2, 4, 8]] and kept == [(2, 3.0), (4, 3.0), (8, 3.0)]
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def test_mapped_files_are_no_memory_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(200_000_000))
+    before = scaling.memory(torch.device("cpu"))
+    assert np.memmap(file, mode="r").sum() == 0
+    assert scaling.memory(torch.device("cpu")) < before + 100
+
+
 def test_scaling_encodes_into_an_empty_cache(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scaling.ROWS, "encoding", [3, 5])
+    monkeypatch.setattr(scaling, "seconds", lambda work, device: 15.0 + bool(work()))
     measured = scaling.row("encoding", "tiny", torch.device("cpu"), tmp_path)
     assert [(result["value"], len(result["seconds"])) for result in measured] == [(3, 1), (5, 1)]
+    assert [result["seconds"] for result in measured] == [[16 / 3], [16 / 5]]
     for result in measured:
         files = (tmp_path / str(result["value"]) / "stable_diffusion" / "images").rglob("*")
         assert sum(file.stat().st_size for file in files) >= result["value"] * 2 * 8 * 8 * 8 * 2

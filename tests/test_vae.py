@@ -172,3 +172,7 @@ def test_tiles_cover_and_blend() -> None:
         tiled = vae.decode_tiled(latents, tile=16, overlap=8)
     assert tiled.shape == whole.shape
     assert torch.isfinite(tiled).all()
+
+
+def test_large_tensors_ask_for_large_pages():
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"  # "0" where a user has said so, before
