@@ -4,14 +4,16 @@
 
 samples images (for unseen captions of monsters, or for the data set's own captions), and writes into --output_dir:
 `report.md` and `report.json`, `samples.png` (images with prompts), and `nearest.png` (the samples that are most like a
-training image, beside it). Numbers come with an interval that holds the true value in 19 of 20 cases.
+training image, beside it). Shares, KID, prediction errors, PSNR and SSIM come with an interval that holds the true
+value in 19 of 20 cases; distances to training images and scores of attention are bare numbers.
 
 - Obedience: R-precision, how often a CLIP finds an image's own prompt the nearest of all; the same for real images, and
   for images paired with other prompts. For monsters also the colour of the pixels, and each attribute by itself.
 - Quality and variety, on that CLIP's features, against real images of the prompts: KID, precision, recall, coverage;
   the same for other real images and for pure noise. Where noise scores as high, a number says nothing.
-- Prediction error: how well the U-Net predicts the noise in real images, by tenths of the timesteps; with --checkpoint,
-  the raw weights of the run as well as the averaged ones, which the model has.
+- Prediction error: how well the U-Net predicts the noise in real images (unseen drawings of monsters; of a folder or a
+  hub id, training images), by tenths of the timesteps; with --checkpoint, the raw weights of the run as well as the
+  averaged ones, which the model has.
 - Memorisation: the distance of each sample to its nearest training image (or that image's mirror), as it is and
   calibrated, against the same for images that cannot be copies: monsters drawn afresh, or each training image against
   all others. Samples that are nearer than 99 % of those are called copies; the report says how many are by chance.
@@ -39,6 +41,7 @@ import copy
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -57,7 +60,7 @@ from evaluation.attention import attention_sheet, score_parts, sharpest_layer
 from evaluation.attributes import score_attributes
 from evaluation.obedience import FIRST_UNSEEN, Judge, Unseen, dealt_out_anew, measure_monsters, unseen_monsters
 from evaluation.report import in_words
-from evaluation.statistics import below_by_chance, kid, precision_recall_coverage
+from evaluation.statistics import below_by_chance, kid, mean_interval, precision_recall_coverage
 from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
 from images import captioned_sheet, image_to_pixels, pixels_to_images, read_parameters, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
@@ -67,14 +70,15 @@ from samplers import grid_options, timestep_grid
 from stable_diffusion_model import StableDiffusion
 from training.encoded_cache import fingerprint
 from training.image_files import refuse_or_warn, undecodable
-from training.reconstruction import measure, to_bytes
+from training.reconstruction import measure_each, to_bytes
 from training.reproducible import Processes, resolve_precision
 from training.run_folder import atomically
 from training.script import UserError, run, user_errors
 
 THUMBNAIL = 64  # pixels a side at which images are compared
 ATTENTIVE = 64  # monsters, at most, whose words are looked at
-NOISED = 16  # images, at most, on whose noise the U-Net's prediction is measured
+NOISED = 32  # images, at most, on whose noise the U-Net's prediction is measured
+ENCODED = 16  # images, at most, that show what the VAE allows
 OTHERS = 50_000  # from here on, counted from the first unseen one, are monsters that nobody asks for: a control
 CROWD = 50  # nearest training images that calibrate the distance to the very nearest
 
@@ -122,6 +126,12 @@ def without_bad_images(found: datasets.Dataset, on_bad_image: str) -> datasets.D
     if bad := undecodable(found, list(range(len(found))), THUMBNAIL, alone):
         refuse_or_warn(found, bad, on_bad_image, alone)
     return found.select([i for i in range(len(found)) if i not in bad]) if bad else found
+
+
+def evenly(items: Sequence, count: int) -> list:
+    """`count` of the items, or all if there are fewer, spread evenly: folders may be sorted by what they show."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def write(path: Path, content: str | Image.Image) -> None:
@@ -347,13 +357,12 @@ def main(argv: list[str]) -> None:
         real = [monsters.draw(monster.index, side) for monster in asked]
         other = [monsters.draw(FIRST_UNSEEN + OTHERS + i, side) for i in range(len(asked))]
     else:
-        count = min(options.num_samples, len(training))  # no image twice: what is real must vary
-        asked, shown = [], [i * len(training) // count for i in range(count)]
+        asked, shown = [], evenly(range(len(training)), options.num_samples)  # no image twice: what is real must vary
         captions = training.captions()
         prompts = [captions[i] for i in shown]
         real = pixels_to_images(training.pixels(shown, side) / 2 + 0.5)
-        left = sorted(set(range(len(training))) - set(shown))[:count]
-        other = pixels_to_images(training.pixels(left, side) / 2 + 0.5) if len(left) == count else []
+        left = evenly(sorted(set(range(len(training))) - set(shown)), len(shown))
+        other = pixels_to_images(training.pixels(left, side) / 2 + 0.5) if len(left) == len(shown) else []
     known = training.pixels(list(range(len(training))), THUMBNAIL)
     made = sample_all(model, prompts, options)
     kept = ("model", "lora", "lora_scale", "dataset", "resolution", "steps", "sampler", "guidance_scale", "seed")
@@ -362,10 +371,11 @@ def main(argv: list[str]) -> None:
     report |= measure_obedience(made, real, prompts, asked, judge)
     if len(made) >= 4:
         report["against_real_images"] = measure_quality(made, real, other, judge)
-    noised = torch.stack([to_pixels(image, side) for image in real[:NOISED]])
-    report["prediction_error"] = measure_prediction(model, noised, prompts[:NOISED])
+    noised = torch.stack([to_pixels(image, side) for image in evenly(real, NOISED)])
+    images = {"images": len(noised), "seen_in_training": not asked}
+    report["prediction_error"] = measure_prediction(model, noised, evenly(prompts, NOISED)) | images
     if raw:
-        report["prediction_error_of_raw_weights"] = measure_prediction(raw, noised, prompts[:NOISED])
+        report["prediction_error_of_raw_weights"] = measure_prediction(raw, noised, evenly(prompts, NOISED))
     pictures = {"samples": captioned_sheet(made[:16], prompts[:16], columns=4)}
     if asked:
         indices = [monster.index for monster in asked[:ATTENTIVE]]
@@ -381,9 +391,10 @@ def main(argv: list[str]) -> None:
     else:
         others = nearest(known, known, but=torch.arange(len(known)))
     report["copying"] = measure_copying(found, others)
-    some = training.pixels(list(range(0, len(training), max(len(training) // 16, 1)))[:16], side)
-    psnr, ssim = measure(model.vae.float(), to_bytes(some))
-    report["vae_ceiling"] = {"psnr": psnr, "ssim": ssim}
+    some = training.pixels(evenly(range(len(training)), ENCODED), side)
+    report["vae_ceiling"] = {}
+    for name, values in measure_each(model.vae.float(), to_bytes(some)).items():
+        report["vae_ceiling"] |= {name: fmean(values), f"{name}_interval": mean_interval(values)}
 
     texts = {"report.json": json.dumps(report, indent=2, allow_nan=False) + "\n", "report.md": in_words(report)}
     for name, text in texts.items():  # before the pictures: numbers are what took long

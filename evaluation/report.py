@@ -1,6 +1,6 @@
-"""A report of `evaluate_stable_diffusion.py` as Markdown: tables, each number with its interval and its control."""
+"""A report of `evaluate_stable_diffusion.py` as Markdown: tables of numbers, with intervals and controls."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from evaluation.attention import table
@@ -35,6 +35,8 @@ def in_words(report: dict) -> str:
         raw = _errors(report["prediction_error_of_raw_weights"])
         head, rows = (*head, "raw weights", ""), [(*row, *more[1:]) for row, more in zip(rows, raw, strict=True)]
     lines += ["", *_table(head, rows)]
+    if "images" in report["prediction_error"]:  # older reports do not say
+        lines += ["", _noised(report["prediction_error"])]
     copying = report["copying"]
     rows = []
     for measure in ("distance", "calibrated"):
@@ -51,8 +53,10 @@ def in_words(report: dict) -> str:
     if chance is None and report["dataset"].startswith("monsters"):  # an older report: limits from as many images
         passed = below_by_chance(report["samples"])
         lines += ["", f"Limits that come from only {report['samples']} images are passed by {passed:.1%} of others."]
-    psnr, ssim = report["vae_ceiling"]["psnr"], report["vae_ceiling"]["ssim"]
-    lines += ["", f"What the VAE allows on such images: {psnr:.1f} dB PSNR, {ssim:.3f} SSIM.", ""]
+    ceiling = report["vae_ceiling"]
+    psnr = f"{ceiling['psnr']:.1f} dB PSNR" + _interval(ceiling.get("psnr_interval"), 1)
+    ssim = f"{ceiling['ssim']:.3f} SSIM" + _interval(ceiling.get("ssim_interval"), 3)
+    lines += ["", f"What the VAE allows on such images: {psnr}, {ssim}.", ""]
     if "attention_on_parts" in report:
         lines += _attention(report["attention_on_parts"]["parts"])
     return "\n".join(lines)
@@ -102,6 +106,18 @@ def _share(value: float, count: int) -> str:
     return f"{value:.0%} ({low:.0%}…{high:.0%})"
 
 
+def _interval(ends: Sequence[float] | None, digits: int) -> str:
+    """Nothing where an older report has none."""
+    return f" ({ends[0]:.{digits}f}…{ends[1]:.{digits}f})" if ends else ""
+
+
+def _noised(found: dict) -> str:
+    """What the prediction error was measured on."""
+    if found["seen_in_training"]:
+        return f"Noise was added to {found['images']} training images: of unseen ones, errors may be greater."
+    return f"Noise was added to drawings of {found['images']} unseen monsters."
+
+
 def _obedience(report: dict) -> list[tuple[str, ...]]:
     found, count = report["obedience"], report["samples"]
     names = ("r_precision", "r_precision_of_real_images", "r_precision_of_shuffled_images")
@@ -111,7 +127,7 @@ def _obedience(report: dict) -> list[tuple[str, ...]]:
         rows.append(("… in the colour asked for", _share(found["on_white_in_the_colour"], count), "", ""))
     for name, own in report.get("attributes", {}).get("samples", {}).items():
         sets = [report["attributes"][which][name] for which in ("samples", "real_images", "shuffled_samples")]
-        shares = [_share(sets[0]["obeyed"], own["asked"]), *(f"{one['obeyed']:.0%}" for one in sets[1:])]
+        shares = [_share(one["obeyed"], own["asked"]) for one in sets]
         rows.append((f"{name}, by the CLIP ({own['asked']} captions)", *shares))
     return rows
 

@@ -9,12 +9,13 @@ Kingma et al. 2021, arXiv:2107.00630), numbers can be compared along a run and b
 import itertools
 import math
 from collections.abc import Sequence
-from statistics import NormalDist, fmean
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.statistics import BOOTSTRAPS, bootstrap_interval
 from stable_diffusion_model import StableDiffusion
 
 BINS = 10
@@ -64,29 +65,16 @@ def intervals(errors: Sequence[float], which: Tensor) -> tuple[tuple[float, floa
 
     Bootstrap: images are drawn, 2,000 times as many with replacement, and each brings all of its errors; they are no
     evidence independent of each other. Timesteps stay as they are, so that the tenths weigh equally in each mean. Ends
-    are `expanded` for few images; of fewer than eight, no interval of this kind is wide enough.
+    are `expanded` for few images, those of a tenth for the images that it has; of fewer than eight, no interval of this
+    kind is wide enough.
     """
     images, part = int(which.max()) + 1, [i for i, some in enumerate(tenths(range(len(errors)))) for _ in some]
     place = which.cpu(), torch.tensor(part)
     sums, counts = (torch.zeros(images, BINS, dtype=torch.float64) for _ in range(2))
     sums.index_put_(place, torch.tensor(errors, dtype=torch.float64), accumulate=True)
     counts.index_put_(place, torch.ones(len(errors), dtype=torch.float64), accumulate=True)
-    drawn = torch.randint(images, (2000, images), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(images, (BOOTSTRAPS, images), generator=torch.Generator().manual_seed(0))
     times = F.one_hot(drawn, images).sum(dim=1).double()  # (2000, images)
     means = (times @ sums) / (times @ counts)  # (2000, 10); NaN where a tenth has no image that was drawn
-    ends = torch.tensor([expanded(images), 1 - expanded(images)], dtype=torch.float64)
-    lows, highs = means.nanquantile(ends, dim=0).tolist()
-    low, high = means.nanmean(dim=1).quantile(ends).tolist()
-    return (low, high), list(zip(lows, highs, strict=True))
-
-
-def expanded(count: int, level: float = 0.025) -> float:
-    """The lower end of a bootstrap interval: `level`, made smaller for few values (Hesterberg 2015, Section 5.4).
-
-    Φ(-√(n/(n-1)) t), where t is Student's quantile by its series in 1/(n-1) (Abramowitz & Stegun, 26.7.5).
-    """
-    normal, free = NormalDist(), max(count - 1, 1)
-    z = -normal.inv_cdf(level)
-    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
-    return normal.cdf(-math.sqrt((free + 1) / free) * t)
+    of_tenths = [bootstrap_interval(means[:, i], int((counts[:, i] > 0).sum())) for i in range(BINS)]
+    return bootstrap_interval(means.nanmean(dim=1), images), of_tenths

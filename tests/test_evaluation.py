@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 
 import prdc
 import pytest
@@ -19,8 +19,8 @@ import lora
 import monsters
 from evaluation import obedience
 from evaluation.attributes import CHOICES, score_attributes, variants
-from evaluation.statistics import kid, precision_recall_coverage, share_interval
-from evaluation.timestep_loss import by_tenths, expanded, intervals, prediction_errors, spread
+from evaluation.statistics import expanded, kid, mean_interval, precision_recall_coverage, share_interval
+from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
 from noise_schedule import NoiseSchedule
 from published.lora_files import write_lora
 from stable_diffusion_model import StableDiffusion
@@ -246,7 +246,7 @@ def test_a_perfect_model_gets_a_perfect_report(tmp_path: Path, monkeypatch: pyte
     assert shuffled["colour"]["obeyed"] < 0.5
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "| R-precision among 12 captions | 100% (76%…100%) | 100% (76%…100%) | 0% (0%…24%) |" in text
-    assert "| colour, by the CLIP (12 captions) | 100% (76%…100%) | 100% | " in text
+    assert "| colour, by the CLIP (12 captions) | 100% (76%…100%) | 100% (76%…100%) | " in text
 
 
 def test_each_figure_is_of_the_images_it_names(judge: obedience.Judge, asked: list[obedience.Unseen]) -> None:
@@ -328,6 +328,24 @@ def test_intervals_of_few_images_are_wider() -> None:
         low, high = intervals(torch.randn(8, generator=generator)[which].tolist(), which)[0]
         held += low < 0 < high
     assert held >= 88
+
+
+def test_a_tenths_interval_is_that_of_the_images_it_has() -> None:
+    """Seven of sixteen: no narrower than Student's interval of these seven, on average over 30 sets."""
+    generator, which, ratios = torch.Generator().manual_seed(0), spread(16, 1000, torch.device("cpu"))[0], []
+    for _ in range(30):
+        errors = torch.randn(16, generator=generator)[which]
+        _, of_tenths = intervals(errors.tolist(), which)
+        students = errors.view(10, 7).std(dim=1) * 2 * 2.447 / 7**0.5  # (10,)
+        ratios += [(high - low) / width.item() for (low, high), width in zip(of_tenths, students, strict=True)]
+    assert 1 <= fmean(ratios) < 1.3
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    values = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    low, high = mean_interval(values.tolist())
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 2.131 * values.std().item() / 4, rel=0.1)
+    assert mean_interval([3.0] * 4) == (3.0, 3.0)
 
 
 def test_kid_is_0_for_one_distribution_and_not_for_two(judge: obedience.Judge) -> None:

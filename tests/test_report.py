@@ -122,10 +122,12 @@ def test_each_measure_is_given_what_it_is_named_after(
 
     errors = {name: SHIPPED["prediction_error"][name] for name in SHIPPED["prediction_error"]}
     remember("measure_prediction", errors)
-    remember("measure", (30.0, 0.9))
+    remember("measure_each", {"psnr": [30.0, 31.0], "ssim": [0.8, 0.9]})
     remember("measure_quality", SHIPPED["against_real_images"])
     remember("measure_obedience", {})
     made = [grey(0)] * 6
+    monkeypatch.setattr(script, "NOISED", 3)
+    monkeypatch.setattr(script, "ENCODED", 4)
     monkeypatch.setattr(script, "sample_all", lambda *_: made)
     report = tmp_path / "report"
     report.mkdir()
@@ -133,13 +135,31 @@ def test_each_measure_is_given_what_it_is_named_after(
     script.main(arguments(folder, str(folder / "images"), "--output_dir", str(report), "--resolution", "32"))
     _, noised, prompts = seen["measure_prediction"]
     levels = [round((level + 1) * 127.5 / 20) for level in noised[:, 0, 0, 0].tolist()]
-    assert prompts == [f"number {i}" for i in levels] == [f"number {i}" for i in range(0, 12, 2)]
-    _, of_vae = seen["measure"]
-    assert of_vae.shape == (12, 3, 32, 32)  # the size of the samples, not that at which images are compared
+    assert prompts == [f"number {i}" for i in levels] == ["number 0", "number 4", "number 8"]
+    _, of_vae = seen["measure_each"]
+    assert of_vae.shape[1:] == (3, 32, 32)  # the size of the samples, not that at which images are compared
+    assert [level // 20 for level in of_vae[:, 0, 0, 0].tolist()] == [0, 3, 6, 9]
     assert seen["measure_quality"][0] is made
     for images, numbers in zip(seen["measure_quality"][1:3], (range(0, 12, 2), range(1, 12, 2)), strict=True):
         assert [image.getpixel((0, 0))[0] // 20 for image in images] == [*numbers]
     assert sorted(path.name for path in report.iterdir()) == ["nearest.png", "report.json", "report.md", "samples.png"]
+    text = (report / "report.md").read_text(encoding="utf-8")
+    assert (
+        "Noise was added to 3 training images" in text
+        and " 30.5 dB PSNR (30.0…31.0), 0.850 SSIM (0.800…0.900)." in text
+    )
+
+
+def test_controls_are_spread_over_the_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the real images of the prompts are: the first images of a sorted folder may be all alike."""
+    seen = []
+    monkeypatch.setattr(script, "sample_all", lambda *_: [grey(0)] * 4)
+    monkeypatch.setattr(script, "measure_quality", lambda *given: seen.extend(given) or 1 / 0)
+    more = ("--num_samples", "4", "--output_dir", str(tmp_path), "--resolution", "8")
+    with pytest.raises(ZeroDivisionError):
+        script.main(arguments(folder, str(folder / "images"), *more))
+    real, other = ([image.getpixel((0, 0))[0] // 20 for image in images] for images in seen[1:3])
+    assert (real, other) == ([0, 3, 6, 9], [1, 4, 7, 10])
 
 
 def test_quality_is_of_the_samples_and_noise_is_its_control() -> None:

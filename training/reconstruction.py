@@ -1,6 +1,7 @@
 """How well an autoencoder returns images: PSNR and SSIM, and a sheet to look at."""
 
 from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -29,14 +30,20 @@ def reconstruct(vae: VAE, images: Tensor) -> Tensor:
     return torch.cat([to_bytes(vae.decode(vae.encode(to_floats(i.to(device))).mode())).cpu() for i in images.split(4)])
 
 
-def measure(vae: VAE, images: Tensor) -> tuple[float, float]:
-    """Mean PSNR (dB, 100 at most: blank images may come back without an error) and SSIM (0…1) of the reconstructions of
-    uint8 images (N, 3, H, W)."""
+def measure_each(vae: VAE, images: Tensor) -> dict[str, list[float]]:
+    """ "psnr" (dB, 100 at most: blank images may come back without an error) and "ssim" (0…1) of the reconstruction of
+    each of the uint8 images (N, 3, H, W)."""
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(images.cpu(), reconstruct(vae, images), strict=True)]
     with ThreadPoolExecutor() as pool:
         psnr = list(pool.map(lambda pair: peak_signal_noise_ratio(*pair, data_range=255), pairs))
         ssim = list(pool.map(lambda pair: structural_similarity(*pair, data_range=255, channel_axis=0), pairs))
-    return float(np.minimum(psnr, 100).mean()), float(np.mean(ssim))
+    return {"psnr": np.minimum(psnr, 100).tolist(), "ssim": np.array(ssim).tolist()}
+
+
+def measure(vae: VAE, images: Tensor) -> tuple[float, float]:
+    """The means of `measure_each`: PSNR and SSIM."""
+    psnr, ssim = measure_each(vae, images).values()
+    return fmean(psnr), fmean(ssim)
 
 
 def reconstruction_sheet(vae: VAE, images: Tensor, columns: int = 4) -> Image.Image:
