@@ -1,6 +1,9 @@
 """Measurements that the README quotes, each a script that makes them again.
 
-quickstart    which recipe of the `monsters` preset paints best in the same time
+quickstart          which recipe of the `monsters` preset paints best in the same time
+what_breaks         what becomes of the images when one line is wrong
+compare_diffusers   time and memory against diffusers
+scaling             how both grow, and how near a step is to the machine's limit
 """
 
 import sys
