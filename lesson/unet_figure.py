@@ -21,6 +21,7 @@ from torch import nn
 from diffusion_model import ResnetBlock, SpatialTransformer, UNet, UNetConfig
 
 Shape = tuple[int, int, int]  # C, h, w
+FORMATS = (".svg", ".png", ".pdf")
 
 
 @dataclass
@@ -116,6 +117,7 @@ def _arrow(
 
 def save(figure: Figure, path: Path) -> None:
     """As SVG, PNG or PDF by its name; an SVG has its words as text, and the same bytes every time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unet"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
 
@@ -126,12 +128,21 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512, help="pixels a side (512)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="SVG, PNG or PDF")
     options = parser.parse_args()
-    config = UNetConfig()
-    if options.model:
-        from stable_diffusion_model import StableDiffusion
+    if options.output.suffix not in FORMATS:
+        parser.error(
+            f"--output: must end with {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, not {str(options.output)!r}."
+        )
+    if options.resolution < 8 or options.resolution % 8:
+        parser.error(f"--resolution: must be positive and divisible by 8, not {options.resolution}.")
+    try:
+        config = UNetConfig()
+        if options.model:
+            from stable_diffusion_model import StableDiffusion
 
-        config = StableDiffusion.from_pretrained(options.model).unet.config
-    save(draw_unet(config, options.resolution // 8, options.resolution // 8), options.output)
+            config = StableDiffusion.from_pretrained(options.model, device="cpu").unet.config
+        save(draw_unet(config, options.resolution // 8, options.resolution // 8), options.output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from diffusion_model import UNetConfig
-from lesson import figures
+from lesson import figures, unet_figure
 from lesson.figures import Panel, as_jpeg, exact_epsilon, on_a_point, paths, plane_of
 from lesson.unet_figure import draw_unet, save, stages
 from noise_schedule import NoiseSchedule, noised
@@ -61,6 +61,45 @@ def test_the_readmes_figure_is_that_of_the_code(tmp_path: Path) -> None:
     assert one == (tmp_path / "two.svg").read_text(encoding="utf-8")
     assert {"320 × 64 × 64", "1280 × 8 × 8", "3 skips, concatenated", "conv_in"} <= set(texts(one))
     assert texts((ROOT / "lesson" / "unet.svg").read_text(encoding="utf-8")) == texts(one)
+
+
+def test_levels_that_attend_are_blue_and_arrows_go_down_on_the_left_and_up_on_the_right() -> None:
+    config = UNetConfig(block_out_channels=(32, 64), attention_levels=(False, True), layers_per_block=1)
+    (axes,) = draw_unet(config, 8, 8).axes
+    rows: dict[int, set[str]] = {}
+    for box in axes.patches:
+        rows.setdefault(round(-box.get_y()), set()).add(to_hex(box.get_facecolor()))
+    assert rows == {0: {"#eeeeee"}, 1: {"#cfe3f5"}, 2: {"#cfe3f5"}}
+    arrows = [text for text in axes.texts if getattr(text, "arrow_patch", None)]
+    between = [arrow for arrow in arrows if arrow.xy[0] == arrow.xyann[0] and -1 < arrow.xy[1] < 0]
+    assert {arrow.xy[0]: arrow.xy[1] > arrow.xyann[1] for arrow in between} == {-2.7: False, 2.7: True}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["nowhere/model", "--output", "a.svg"], "the model 'nowhere/model' is not a file or folder here"),
+        (["--output", "a.gif0"], "--output: must end with .svg, .png or .pdf, not 'a.gif0'."),
+        (["--output", "file/a.svg"], "file"),
+        (["--output", "a.svg", "--resolution", "0"], "--resolution: must be positive and divisible by 8, not 0."),
+        (["--output", "a.svg", "--resolution", "100"], "--resolution: must be positive and divisible by 8, not 100."),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_sentence(
+    options: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["unet_figure", *options])
+    with pytest.raises(SystemExit):
+        unet_figure.main()
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_figure_goes_into_a_folder_that_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["unet_figure", "--output", str(tmp_path / "new" / "a.svg"), "--resolution", "256"])
+    unet_figure.main()
+    assert "320 × 32 × 32" in (tmp_path / "new" / "a.svg").read_text(encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,7 +219,7 @@ def test_paths_are_drawn_with_the_share_that_arrives(shown: None) -> None:
 PROSE = "\n".join(cell.source for cell in nbformat.read(UNDERSTAND, as_version=4).cells if cell.cell_type == "markdown")
 EXERCISES = re.findall(
     r"\*\*Exercise\.\*\* `(?:\w+\.)?(\w+)`(?: and `[\w.]+`)? in \[`([\w./]+)`\](?:(?!\*\*Exercise)[\s\S])*?"
-    r"`python -m pytest (tests/\w+\.py) -k (\w+)`",
+    r"`python -m pytest (tests/\w+\.py) -k (\w+|\"[\w ]+\")`",
     PROSE,
 )
 WRONG = [  # answers that a grader must not let pass: function, what stands there, what somebody might write
@@ -193,6 +232,15 @@ WRONG = [  # answers that a grader must not let pass: function, what stands ther
 def test_every_section_has_an_exercise() -> None:
     assert len(EXERCISES) == 9 and PROSE.count("**Exercise.**") == 10
     assert len({function for function, *_ in EXERCISES}) == 9
+
+
+@pytest.mark.parametrize(("function", "file", "test", "chosen"), EXERCISES, ids=[e[0] for e in EXERCISES])
+def test_an_exercise_is_graded_by_its_own_tests_alone(function: str, file: str, test: str, chosen: str) -> None:
+    """`-k` looks into the file's name, too, and would then choose all of its tests."""
+    words = chosen.strip('"').split(" or ")
+    named = re.findall(r"^def (test_\w+)", (ROOT / test).read_text(encoding="utf-8"), re.M)
+    assert not any(word in test for word in words)
+    assert all(any(word in name for name in named) for word in words)
 
 
 @pytest.mark.long
@@ -225,7 +273,7 @@ def assert_fails_with(change: Callable, function: str, file: str, test: str, cho
     code = (copy / file).read_text(encoding="utf-8")
     (found,) = [node for node in ast.walk(ast.parse(code)) if getattr(node, "name", None) == function]
     (copy / file).write_text("".join(change(code.splitlines(keepends=True), found)), encoding="utf-8")
-    process = fork(run_test, str(copy), test, str(tmp_path / "printed"), "-k", chosen)
+    process = fork(run_test, str(copy), test, str(tmp_path / "printed"), "-k", chosen.strip('"'))
     process.join(300)
     printed = (tmp_path / "printed").read_text(encoding="utf-8", errors="replace")
     assert process.exitcode == pytest.ExitCode.TESTS_FAILED, printed[-3000:]

@@ -6,6 +6,7 @@ import re
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import pytest
@@ -13,6 +14,10 @@ import torch
 from PIL import Image
 
 import lora
+import stable_diffusion_model
+from evaluation.timestep_loss import by_tenths, spread
+from lesson.figures import Panel, plane_of
+from noise_schedule import NoiseSchedule, epsilon_from_prediction, noised
 from published.lora_files import write_lora
 from tests.conftest import ROOT
 from tests.notebooks import (
@@ -88,6 +93,62 @@ def test_it_runs_from_top_to_bottom(file, tiny, tiny_lora, which):
         assert "unchanged outside the mask: True" in printed(notebook)
         assert "'Steps': '4'" in printed(notebook)  # what the prompt box's image says of itself
         assert WIDGET in mime_bundles(code_cells(notebook)[-1])[-1]
+
+
+def variables_after(cell: int, **before: object) -> dict:
+    """Runs one code cell of the notebook that explains, with figures left out."""
+    source = code_cells(nbformat.read(UNDERSTAND, as_version=4))[cell].source
+    variables = {"Panel": Panel, "plane_of": plane_of, "show_images": mock.Mock(), "show_vectors": mock.Mock()}
+    variables |= {"torch": torch, "T": 1000, "show_curves": mock.Mock()} | before
+    exec(source, variables)
+    return variables
+
+
+def test_the_model_that_is_explained_is_where_the_cells_make_their_numbers(tiny, monkeypatch):
+    """Also on a machine with a GPU."""
+    monkeypatch.setattr(stable_diffusion_model, "choose_device", lambda asked: torch.device(asked or "meta"))
+    notebook = nbformat.read(UNDERSTAND, as_version=4)
+    set_options(notebook, MODEL=tiny)
+    variables: dict = {}
+    exec(code_cells(notebook)[0].source.replace('set_matplotlib_formats("jpeg")', ""), variables)
+    assert variables["model"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_guidance_is_explained_in_noise_whatever_the_model_predicts(prediction_type, capsys):
+    """Of a model that is right, the error is 0."""
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    latents, noise, empty = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.zeros(1, 1)
+
+    def predict(x_t, t, context):
+        right = schedule.target(latents, noise, torch.tensor([t]))
+        return right + 0.01 * (1 - context)[..., None, None] * torch.ones_like(latents).cumsum(-1)
+
+    variables_after(
+        6, schedule=schedule, latents=latents, noise=noise, empty=empty, context=empty + 1, predict=predict,
+        noised=noised, epsilon_from_prediction=epsilon_from_prediction, drawing=None,
+    )  # fmt: skip
+    errors = dict(re.findall(r"(\w[^:\n]*): length .*error ([\d.]+)", capsys.readouterr().out))
+    assert float(errors["with caption"]) == 0 < float(errors["without caption"])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_hard_timesteps_are_shown_in_noise_and_image_whatever_the_model_predicts(prediction_type):
+    """Each prediction counts at its own timestep, as the loss has it: of a model that is off by 0.1 in x_0."""
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    _, times = spread(16, 1000, torch.device("cpu"))
+    snr = schedule.snr(times)
+    errors = 0.01 * (snr if prediction_type == "epsilon" else snr + 1)
+    shown = variables_after(
+        5, schedule=schedule, monsters=mock.Mock(), image_to_pixels=lambda _: torch.zeros(3, 8, 8), SIZE=8,
+        model=mock.Mock(device=torch.device("cpu")), prediction_errors=lambda *_: errors.tolist(), spread=spread,
+        by_tenths=by_tenths,
+    )["show_curves"]  # fmt: skip
+    in_noise, in_image, share = ([y for _, y, *_ in panel.lines.values()] for panel in shown.call_args.args)
+    torch.testing.assert_close(in_noise[0], torch.tensor(by_tenths((0.01 * snr).tolist())))
+    torch.testing.assert_close(in_image[0], torch.full((10,), 0.01))
+    weighted = torch.tensor(by_tenths((0.01 * snr.clamp(max=5)).tolist()))
+    torch.testing.assert_close(share[1], weighted / weighted.sum())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
