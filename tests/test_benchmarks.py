@@ -496,19 +496,57 @@ def test_faults_do_what_they_say() -> None:
     assert 0.5 < width(what_breaks.squashed(image)) / width(image) < 0.62
 
 
+@pytest.mark.parametrize("row", ["no fault", "no caption dropout", "unweighted loss"])
+def test_the_gallery_is_trained_with_the_options_of_its_row(
+    row: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = []
+    monkeypatch.setattr(what_breaks.train_stable_diffusion, "main", ran.append)
+    what_breaks.train(row, tmp_path)
+    (argv,) = ran
+    options = what_breaks.ROWS[row].options
+    assert argv[:2] == ["--preset", "monsters"] and str(tmp_path) in argv
+    assert argv[len(argv) - len(options) :] == [*options]
+    assert bool(options) == (row != "no fault")
+
+
+def test_a_model_that_cannot_be_read_ends_the_gallery_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The row's process says why, the one that started it that the row is missing."""
+    (tmp_path / "no fault" / "model").mkdir(parents=True)
+    monkeypatch.setattr("sys.argv", ["what_breaks", "--one", "guidance of 16", str(tmp_path / "no fault")])
+    with pytest.raises(SystemExit, match=r"error: .*no fault/model.* is missing"):
+        what_breaks.main()
+    failed = subprocess.CompletedProcess([], 1, stdout="")
+    monkeypatch.setattr(what_breaks.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(what_breaks, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(what_breaks, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr("sys.argv", ["what_breaks", "--rows", "guidance of 16", "--keep", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        what_breaks.main()
+    assert ended.value.code == 1
+    assert (
+        capsys.readouterr().err == "'guidance of 16' was not measured; the rows before it are kept in results.json.\n"
+    )
+
+
 def test_the_gallery_is_sampled_with_the_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tiny_model().save_pretrained(tmp_path / "no fault" / "model")
     monkeypatch.setattr(what_breaks, "UNSEEN", 2)
     monkeypatch.setattr(what_breaks, "HOW", what_breaks.HOW | {"steps": 2, "height": 64, "width": 64})
     monkeypatch.setattr(what_breaks, "FOLDER", tmp_path / "sheets")
-    sheets, judged, measured = [], [], what_breaks.measure_monsters
+    sheets, judged, seeds, measured, sample = [], [], [], what_breaks.measure_monsters, StableDiffusion.sample
+    monkeypatch.setattr(what_breaks, "SHOWN", 1)
+    monkeypatch.setattr(StableDiffusion, "sample", lambda *a, **k: seeds.append(k["seeds"]) or sample(*a, **k))
     monkeypatch.setattr(what_breaks, "measure_monsters", lambda *a: judged.append(a[1]) or measured(*a))
     for row in ("latents not unscaled", "DDIM as it should be"):
         figures = what_breaks.measure(row, tmp_path / "no fault")
         assert figures["row"] == row and figures["images"] == 2 and figures["validation_loss"] is None
         sheets.append((tmp_path / "sheets" / what_breaks.file_of(row)).read_bytes())
     assert sheets[0] != sheets[1]
+    assert seeds == [0, 1] * 2  # no noise twice
     assert judged == [unseen_monsters(2)] * 2 and judged[0][0].index >= FIRST_UNSEEN
     page = what_breaks.page([figures])
     assert f"| [{row}](#ddim-as-it-should-be) | " in page and f"(sheets/{what_breaks.file_of(row)})" in page
