@@ -385,6 +385,15 @@ def test_each_tenth_of_the_timesteps_is_logged_and_plotted(parts: Path, tmp_path
 def test_the_panel_of_the_tenths_has_a_title() -> None:
     figure = draw_columns([{"step": "1", "a": "2", "b": "3"}], {"a": "training"}, "loss", beside={"b": "t = 0…99"})
     assert [axes.get_title() for axes in figure.axes] == ["", "held out, by tenths of the timesteps"]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log"]
+
+
+def test_the_tenths_are_coloured_in_their_order() -> None:
+    tenths = {f"validation_loss_{i}": str(i) for i in range(1, 11)}
+    row = {"step": "1", "loss": "2"} | dict.fromkeys(tenths, "3")
+    _, axes = draw_columns([row], {"loss": "training"}, "loss", beside=tenths).axes
+    colours = [line.get_color() for line in axes.lines]
+    assert len(colours) == 10 and sorted(colours, key=sum) == colours != colours[::-1]  # viridis grows brighter
 
 
 @pytest.mark.parametrize("count", [64, 65, 70, 156, 160, 1000])
