@@ -1,6 +1,7 @@
 """Attention maps: they record without changing anything, and the scores can say no."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -142,6 +143,19 @@ def test_maps_of_several_sizes_are_laid_over_each_other() -> None:
         map_of([], [1], (16, 16))
 
 
+def test_a_map_is_scaled_up_about_its_pixels_middles() -> None:
+    """As images are; between the middles it is linear, beyond them even."""
+    word = torch.tensor([0.0, 1.0]).expand(1, 1, 2, 2)
+    row = map_of([attention.AttentionMap("a", 0, word)], [0], (2, 8))[0]
+    assert row.tolist() == pytest.approx([0, 0, 1 / 8, 3 / 8, 5 / 8, 7 / 8, 1, 1])
+
+
+def test_a_pixel_is_in_a_box_if_its_middle_is() -> None:
+    assert attention.pixels_in((0.4, 0, 0.6, 1), (1, 4)).tolist() == [[False] * 4]  # middles: 1/8, 3/8, 5/8, 7/8
+    assert attention.pixels_in((0.3, 0, 0.7, 1), (1, 4)).tolist() == [[False, True, True, False]]
+    assert attention.pixels_in((0, 0.3, 1, 0.7), (4, 1)).tolist() == [[False], [True], [True], [False]]
+
+
 def test_looking_is_measured_against_the_area_of_the_box() -> None:
     box = (0.5, 0.0, 1.0, 0.25)  # the upper right: an eighth
     assert looked_at(torch.ones(32, 48), box) == pytest.approx(1)
@@ -161,6 +175,16 @@ def test_parts_are_named_as_in_the_caption_and_lie_where_they_are_drawn() -> Non
             where = {"ears or horns": "crest", "belly": "body", "sign of the element": "motif"}.get(part, part)
             assert phrase in asked.caption and box == monster.boxes[where]
     assert several == {"wings", "tail", "ears or horns", "belly", "sign of the element"}
+
+
+def test_a_sign_that_floats_around_has_no_box_and_the_longest_phrase_is_the_one_that_is_named() -> None:
+    asked = {monster.index: monster.caption for monster in unseen_monsters(60)}
+    around = [i for i in asked if monsters.describe(i).motif_place == "around"]
+    assert around and all("sign of the element" not in parts_named(monsters.describe(i), asked[i]) for i in around)
+    winged = next(i for i in asked if "wings" in parts_named(monsters.describe(i), asked[i]))
+    kind, box = monsters.describe(winged).wings, monsters.describe(winged).boxes["wings"]
+    with mock.patch.dict(attention.WINGS, {kind: ("wings", "bat wings")}):
+        assert parts_named(monsters.describe(winged), "a monster with bat wings") == {"wings": ("bat wings", box)}
 
 
 def test_words_that_look_at_their_parts_score_high(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +315,24 @@ def test_scores_by_timestep_and_layer_are_of_their_own_maps(
     monkeypatch.setattr(attention, "map_of", lambda maps, *_: shown.append(maps) or torch.ones(256, 256))
     attention.attention_sheet(model, [asked.index], 32, "b", (100, 900))
     assert [one.layer for one in shown[0]] == ["b", "b"]
+
+
+def test_the_sheet_is_of_the_six_that_name_most_parts_each_word_at_its_brightest(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of monsters 0 to 8 with as many parts; where a word looks most, the drawing keeps its brightness."""
+    drawn, lit = [], []
+    monkeypatch.setattr(attention, "parts_named", lambda i, _: {k: (f"part {k}", (0, 0, 1, 1)) for k in range(i)})
+    monkeypatch.setattr(monsters, "describe", lambda i: i)
+    monkeypatch.setattr(monsters, "draw", lambda i, _: drawn.append(i) or Image.new("RGB", (256, 256)))
+    monkeypatch.setattr(attention, "positions_of", lambda *_: [1])
+    monkeypatch.setattr(
+        attention, "maps_of_monster", lambda *_: [attention.AttentionMap("a", 5, torch.full((1, 77, 4, 4), 0.2))]
+    )
+    monkeypatch.setattr(attention, "_lit", lambda image, brightness: lit.append(brightness) or image)
+    attention.attention_sheet(SimpleNamespace(text_encoder=encoder), range(9), 64, "a", (5,))
+    assert drawn == [8, 7, 6, 5, 4, 3] and len(lit) == sum(drawn)
+    assert all(brightness.max() == 1 for brightness in lit)
 
 
 def test_where_words_look_is_bright() -> None:

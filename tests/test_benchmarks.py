@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import json
-import subprocess
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -518,8 +518,7 @@ def test_a_model_that_cannot_be_read_ends_the_gallery_without_a_traceback(
     monkeypatch.setattr("sys.argv", ["what_breaks", "--one", "guidance of 16", str(tmp_path / "no fault")])
     with pytest.raises(SystemExit, match=r"error: .*no fault/model.* is missing"):
         what_breaks.main()
-    failed = subprocess.CompletedProcess([], 1, stdout="")
-    monkeypatch.setattr(what_breaks.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))  # fails at once
     monkeypatch.setattr(what_breaks, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(what_breaks, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr("sys.argv", ["what_breaks", "--rows", "guidance of 16", "--keep", str(tmp_path)])

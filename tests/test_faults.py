@@ -233,7 +233,12 @@ FAULTS = [
     Fault("the tenths' curves called by each other's names", UNET, "enumerate(self.TENTHS)}", "zip((8, 7, 6, 5, 4, 3, 2, 1, 0, 9), self.TENTHS)}", "test_training.py::test_each_tenth_of_the_timesteps_is_logged_and_plotted"),
     Fault("latents unscaled twice in the gallery", "benchmarks/what_breaks.py", 'mock.patch.object(VAE, "unscale_latents", lambda self, latents: latents)', 'mock.patch.object(VAE, "unscale_latents", lambda self, latents: 2 * latents)', "test_benchmarks.py::test_faults_do_what_they_say"),
     Fault("the gallery asks for monsters that were trained on", "benchmarks/what_breaks.py", "if ROWS[row].model else UNSEEN)", "if ROWS[row].model else UNSEEN, 0)", "test_benchmarks.py::test_the_gallery_is_sampled_with_the_fault"),
-    Fault("mirrored copies not seen", "evaluate_stable_diffusion.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", "test_evaluation.py::test_a_planted_copy_is_nearest_to_its_original_mirrored_or_not"),
+    Fault("the gallery trained without its options", "benchmarks/what_breaks.py", "[*argv, *quiet, *ROWS[row].options]", "[*argv, *quiet]", "test_benchmarks.py::test_the_gallery_is_trained_with_the_options_of_its_row[no caption dropout]"),
+    Fault("the gallery's eight noises for all samples", "benchmarks/what_breaks.py", "seeds=start, progress", "seeds=0, progress", "test_benchmarks.py::test_the_gallery_is_sampled_with_the_fault"),
+    Fault("pixels in a box by their corners", "evaluation/attention.py", "(torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height", "torch.arange(width) / width, torch.arange(height) / height", "test_attention.py::test_a_pixel_is_in_a_box_if_its_middle_is"),
+    Fault("a word's map stretched to the corners", "evaluation/attention.py", "align_corners=False", "align_corners=True", "test_attention.py::test_a_map_is_scaled_up_about_its_pixels_middles"),
+    Fault("a sheet of those that name fewest parts", "evaluation/attention.py", "key=parts, reverse=True)[:6]", "key=parts)[:6]", "test_attention.py::test_the_sheet_is_of_the_six_that_name_most_parts_each_word_at_its_brightest"),
+    Fault("all tenths in one colour", "training/plots.py", 'colormaps["viridis"](i / len(panel))', 'colormaps["viridis"](0.5)', "test_training.py::test_the_tenths_are_coloured_in_their_order"),
 ]  # fmt: skip
 
 

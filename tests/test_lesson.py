@@ -149,6 +149,22 @@ def test_the_plane_keeps_lengths_and_angles_of_what_lies_in_it() -> None:
     assert coordinates(a + 3 * (b - a)) == pytest.approx((ax + 3 * (bx - ax), 3 * by), abs=1e-3)
 
 
+def test_vectors_are_arrows_from_0_with_their_names(shown: None) -> None:
+    figures.show_vectors("at t = 600", {"one": (1.0, 0.0), "other": (0.9, 0.2)}, "RMS")
+    (axes,) = plt.gcf().axes
+    arrows = [text for text in axes.texts if getattr(text, "arrow_patch", None)]
+    assert [(arrow.xyann, arrow.xy) for arrow in arrows] == [((0, 0), (1.0, 0.0)), ((0, 0), (0.9, 0.2))]  # tail, head
+    assert {text.get_text() for text in axes.texts} == {"", "one", "other"} and axes.get_title() == "at t = 600"
+    assert axes.get_xlabel() == "along the unconditional prediction (RMS)" and axes.get_ylabel() == "across it (RMS)"
+
+
+def test_strips_stand_under_their_names(shown: None) -> None:
+    figures.show_strips({name: Image.new("RGB", (40, 5), name) for name in ("red", "blue")})
+    first, second = plt.gcf().axes
+    assert [axes.get_title(loc="left") for axes in (first, second)] == ["red", "blue"]
+    assert [axes.images[0].get_array()[0, 0].tolist() for axes in (first, second)] == [[255, 0, 0], [0, 0, 255]]
+
+
 @pytest.mark.parametrize("alpha_bar", [0.9, 0.5, 0.05])
 def test_the_exact_prediction_is_the_best_of_all(alpha_bar: float) -> None:
     """The mean of ε near each x_t, counted in a million samples."""

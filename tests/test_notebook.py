@@ -151,6 +151,15 @@ def test_hard_timesteps_are_shown_in_noise_and_image_whatever_the_model_predicts
     torch.testing.assert_close(share[1], weighted / weighted.sum())
 
 
+def test_what_is_said_of_hard_timesteps_is_what_was_measured():
+    notebook = nbformat.read(UNDERSTAND, as_version=4)
+    (prose,) = [cell.source for cell in notebook.cells if cell.source.startswith("**Exercise.** `VAE.scale_latents`")]
+    assert f"at {len(spread(16, 1000, torch.device('cpu'))[0])} timesteps in turn" in prose
+    simple, weighted = map(int, re.findall(r"the largest tenth is (\d+) times the smallest", printed(notebook)))
+    assert 27 < simple < 40 and "thirtyfold" in prose
+    assert weighted == 13 and "thirteenfold" in prose and "differ thirteenfold" in (ROOT / "README.md").read_text()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The prompt box
 # ----------------------------------------------------------------------------------------------------------------------

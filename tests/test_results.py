@@ -25,6 +25,12 @@ def rows(text: str) -> set[tuple[str, ...]]:
     return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines}
 
 
+def table_under(head: str, text: str) -> set[tuple[str, ...]]:
+    """The rows of the one table that begins with this line."""
+    _, body = text.split(head + "\n")
+    return rows(body.split("\n\n")[0].split("\n", 1)[1])  # without the line of dashes
+
+
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -51,10 +57,16 @@ def test_the_gallery_of_faults() -> None:
 
 
 def test_the_lora_of_the_shipped_model() -> None:
-    for report in read(RESULTS / "turquoise" / "unseen.json").values():
+    columns = ("turquoise on white, of those that ask for it", "R-precision of the others", "colours of the others")
+    here = table_under(f"| of 32 unseen captions each | {' | '.join(columns)} |", README)
+    there = table_under(f"| | {' | '.join(columns)} |", ABOUT_RESULTS)
+    reports = read(RESULTS / "turquoise" / "unseen.json")
+    assert len(here) == len(there) == len(reports)
+    for name, report in reports.items():
         found = (report["turquoise"]["on_white_in_the_colour"], report["r_precision"], report["on_white_in_the_colour"])
-        for text in (README, ABOUT_RESULTS):
-            assert tuple(f"{share:.0%}" for share in found) in {row[1:] for row in rows(text)}
+        shares = tuple(f"{share:.0%}" for share in found)
+        assert ("without the LoRA" if name == "without" else f"`--{name}`", *shares) in here
+        assert ("without it" if name == "without" else name.removeprefix("lora_"), *shares) in there
 
 
 def test_the_report_of_the_shipped_model() -> None:
@@ -67,9 +79,12 @@ def test_the_report_of_the_shipped_model() -> None:
     of_real_images = report["attributes"]["real_images"]
     patterns, tails = (of_real_images[name]["obeyed"] for name in ("pattern", "tail"))
     assert f"hardly tells even in real drawings ({patterns:.0%} and {tails:.0%} right)" in README.replace(" %", "%")
-    named = {row[0] for row in rows(in_words(report))} - {"", "---", "all"}
-    shown = {row for row in rows(README) if row[0] in named and len(row) == 4}  # not the glossary
-    assert shown and shown <= rows(in_words(report))
+    head = next(line for line in in_words(report).splitlines() if line.startswith("|"))
+    measured = table_under(head, in_words(report))
+    left_out = {row for row in measured if row[0].split(",")[0] in ("tail", "belly", "pattern")}
+    assert table_under(head, README) == measured - left_out and len(left_out) == 3
+    (ceiling,) = [line for line in in_words(report).splitlines() if line.startswith("What the VAE allows")]
+    assert ceiling in ABOUT_RESULTS.splitlines()
 
 
 def along(file: str, column: str) -> dict[str, float]:
@@ -109,13 +124,21 @@ def test_figures_in_sentences_about_runs() -> None:
 
 def test_the_report_on_real_images() -> None:
     report = read(RESULTS / "pokemon" / "report_128.json")
-    text = " ".join(" ".join(row) for row in rows(ABOUT_RESULTS))
-    for kind in ("nearest_training_image", "nearest_training_image_of_other_training_images"):
-        assert f"{report[kind]['mean']:.3f}, {report[kind]['smallest']:.3f}" in text
+    kinds = ("nearest_training_image", "nearest_training_image_of_other_training_images")
+    own, others = (f"{report[kind]['mean']:.3f}, {report[kind]['smallest']:.3f}" for kind in kinds)
     copies = f"{report['share_of_copies'] * report['samples']:.0f} of {report['samples']}"
-    assert copies in text and f"{copies} samples are nearer to a training image" in README
-    assert f"{report['obedience']['r_precision']:.0%}" in text
-    assert f"{report['vae_ceiling']['psnr']:.1f} dB, {report['vae_ceiling']['ssim']:.3f}" in text
+    names = ("r_precision", "r_precision_of_real_images", "r_precision_of_shuffled_images")
+    obeyed, real, anew = (f"{report['obedience'][name]:.0%}" for name in names)
+    clip, captions = "by the CLIP that was trained on the same images", f"{report['samples']} captions"
+    psnr, ssim = (report["vae_ceiling"][name] for name in ("psnr", "ssim"))
+    assert {
+        (f"R-precision among {captions}, {clip}", f"{obeyed} (real images: {real}, dealt out anew: {anew})"),
+        ("distance to the nearest training image (RMS at 64×64, mean, smallest)", own),
+        ("the same of each training image to all others", others),
+        ("copies: nearer than 99% of training images are to another", copies),
+        ("what the VAE allows on such images", f"{psnr:.1f} dB, {ssim:.3f}"),
+    } <= rows(ABOUT_RESULTS)
+    assert f"{copies} samples are nearer to a training image" in README
 
 
 def test_pages_agree_on_the_quickstart() -> None:
