@@ -222,7 +222,11 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "product", ["model/model_index.json", "vae_model.pth", "clip/config.json", "best_model/x", "checkpoints/best.pt"]
+    "product",
+    [
+        *("model/model_index.json", "vae_model.pth", "clip/config.json", "best_model/x", "checkpoints/best.pt"),
+        "pytorch_lora_weights.safetensors",
+    ],
 )
 def test_what_a_run_left_is_not_overwritten_unasked(tmp_path: Path, product: str) -> None:
     path = tmp_path / "run" / product

@@ -30,8 +30,12 @@ from torch.utils._pytree import tree_leaves
 from training.reproducible import Processes, job_id
 from training.script import UserError
 
-# What a run leaves, which is never overwritten unasked; earlier versions wrote training_state.pt.
-PRODUCTS = ("model", "best_model", "lora", "best_lora", "clip", "vae_model.pth", "training_state.pt")
+# What a run leaves, which is never overwritten unasked; earlier versions wrote training_state.pt. The last
+# is how a LoRA lies in a folder of its own, as the shipped one does.
+PRODUCTS = (
+    *("model", "best_model", "lora", "best_lora", "clip", "vae_model.pth", "training_state.pt"),
+    "pytorch_lora_weights.safetensors",
+)
 FILES = ("config.json", "metrics.csv", "speed.csv", "scores.json", "loss.png", "psnr.png", "retrieval.png")
 
 
