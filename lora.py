@@ -91,18 +91,24 @@ PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
 def targets(network: nn.Module, which: str = "attention") -> list[str]:
-    """The layers of a U-Net to adapt: "attention", "feed_forward" (attention and feed-forward) or "all"."""
-    layers = dict(network.named_modules())
-    return [name for name, layer in layers.items() if name.endswith(TARGETS[which]) and type(layer) in ADAPTED]
+    """The layers of a U-Net to adapt: "attention", "feed_forward" (attention and feed-forward) or "all".
+
+    They are the same where it has a LoRA already.
+    """
+    layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    return [name for name in layers if name.endswith(TARGETS[which])]
 
 
 def add(network: nn.Module, layers: Iterable[str], rank: int, alpha: float, name: str = "default") -> list[LowRank]:
-    """Gives each of the `layers` a new change `name`, zero at the start; returns these. ValueError if it has one.
+    """Gives each of the `layers` a new change `name`, zero at the start; returns these.
 
-    Weights are unmerged before.
+    Weights are unmerged before. ValueError if there are no layers, or one has a change of this name.
     """
     unmerge(network)
-    return [add_to(network.get_submodule(layer), rank, alpha, name) for layer in layers]
+    made = [add_to(network.get_submodule(layer), rank, alpha, name) for layer in layers]
+    if not made:
+        raise ValueError(f"the LoRA {name!r} would change no layer; pass the names of some.")
+    return made
 
 
 def add_to(layer: nn.Module, rank: int, alpha: float, name: str) -> LowRank:

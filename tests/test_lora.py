@@ -103,6 +103,11 @@ def test_which_layers_are_changed() -> None:
         "conv_out",
         "time_emb_proj",
     }
+    with_changes(unet)  # they may have another beside the first
+    assert [set(lora.targets(unet, which)) for which in lora.TARGETS] == [attention, more, most]
+    assert len(lora.add(unet, lora.targets(unet), 2, 2.0, "second")) == len(attention)
+    with pytest.raises(ValueError, match="the LoRA 'third' would change no layer"):
+        lora.add(unet, [], 2, 2.0, "third")
 
 
 def test_merged_or_beside_it_is_the_same() -> None:
