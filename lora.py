@@ -114,8 +114,8 @@ def add(network: nn.Module, layers: Iterable[str], rank: int, alpha: float, name
 def add_to(layer: nn.Module, rank: int, alpha: float, name: str) -> LowRank:
     """Gives one layer a new change. ValueError if it has one of this name, or is no linear layer or convolution."""
     if type(layer) in ADAPTED:
-        layer.__class__ = ADAPTED[type(layer)]
         layer.changes, layer.unmerged = nn.ModuleDict(), ()
+        layer.__class__ = ADAPTED[type(layer)]  # last: a stop in between leaves a layer that works
     elif not isinstance(layer, _Adapted):
         raise ValueError(f"a {type(layer).__name__} cannot have low-rank changes, only a linear layer or convolution.")
     if name in layer.changes:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora
-from published import lora_file, read_lora, write_lora
+from published import lora_file, lora_files, read_lora, write_lora
 from published.lora_files import fits
 from stable_diffusion_model import StableDiffusion
 from tests.test_interchange import assert_same, make_folder, open_both, ours, theirs
@@ -609,6 +609,33 @@ def test_a_lora_of_which_one_half_fits_changes_nothing(folder: Path, tmp_path: P
         model.load_lora(tmp_path / "a.safetensors")
     assert not lora.adapted(model.unet)
     assert not model.loras
+
+
+@pytest.mark.parametrize("stopped_in", ["add_to", "merge"])
+def test_a_lora_whose_loading_was_interrupted_leaves_nothing(
+    folder: Path, tmp_path: Path, stopped_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pipe = open_both(folder)
+    write_lora(tmp_path / "fox.safetensors", with_changes(copy.deepcopy(model.unet), "attention"))
+    their_file(pipe, tmp_path / "all.safetensors", with_alpha=True)
+    model.load_lora(tmp_path / "fox.safetensors")
+    before, calls = ours(model, "ddim"), []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 3 - (stopped_in == "merge"):
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    owner = lora_files if stopped_in == "add_to" else lora
+    function = getattr(owner, stopped_in)
+    monkeypatch.setattr(owner, stopped_in, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_lora(tmp_path / "all.safetensors")
+    monkeypatch.undo()
+    assert list(model.loras) == ["fox"]
+    assert torch.equal(ours(model, "ddim")[0], before[0])
+    assert model.load_lora(tmp_path / "all.safetensors") == "all"
 
 
 def test_the_text_encoders_changes_are_saved_with_the_model(folder: Path, tmp_path: Path) -> None:
