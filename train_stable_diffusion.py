@@ -184,17 +184,21 @@ def train_step(
 
 @torch.no_grad()
 def validation_losses(
-    unet: nn.Module, data: CaptionedLatents, held_out: Tensor, model: StableDiffusion, processes: Processes
+    unet: nn.Module, data: CaptionedLatents, held_out: Tensor, model: StableDiffusion, reporter: Reporter
 ) -> list[float]:
     """Unweighted losses on held-out images at fixed noise, in the order of their timesteps, which are evenly spread.
 
     Chunks of 8 go to processes in turn, and are put in one order, so that nothing depends on how many there are.
+    Between them a stop is looked for, which all processes heed together (`PostponedError`).
     """
-    device = held_out.device
+    device, processes = held_out.device, reporter.processes
     which, timesteps = spread(len(held_out), model.schedule.num_timesteps, device)
     losses: dict[int, list[float]] = {}
     chunks = list(zip(held_out[which].split(8), timesteps.split(8), strict=True))
-    for k in range(processes.rank, len(chunks), processes.count):
+    for first in range(0, len(chunks), processes.count):
+        reporter.check_stop(together=True)
+        if (k := first + processes.rank) >= len(chunks):
+            break
         indices, t = chunks[k]
         never = torch.zeros_like(indices, dtype=torch.bool)
         moments, context = data.gather(indices, mirrored=never, drop_caption=never)
@@ -242,11 +246,8 @@ class Run:
         self.ema = EMA(self.unet, options.ema_decay, average_on) if options.ema_decay else None
         self.optimizer = make_optimizer(options.optimizer, self.unet, options.learning_rate, options.weight_decay)
         model.unet = self.ema.module if self.ema else self.unet  # what is measured, sampled and saved
-        duties = {
-            "validation": options.validate_every if len(self.held_out) else 0,
-            "preview": options.preview_every,
-            "checkpoint": options.checkpoint_every,
-        }
+        duties = {"validation": options.validate_every if len(self.held_out) else 0}
+        duties |= {"preview": options.preview_every, "checkpoint": options.checkpoint_every}
         self.reporter = Reporter(options, folder, processes, duties, state, self.data.digest)
         if state is not None:
             self.load(state)
@@ -285,11 +286,11 @@ class Run:
         """Validation, preview and checkpoint, each when it is due."""
         score = math.inf
         if self.reporter.due("validation"):
-            with self.evaluation_mode():
-                losses = validation_losses(self.model.unet, self.data, self.held_out, self.model, self.processes)
-            score = fmean(losses)
-            self.reporter.log(validation_loss=score, **dict(zip(self.TENTHS, by_tenths(losses), strict=True)))
-            self.reporter.say(f"step {self.reporter.step}: validation loss {score:.4f}")
+            with self.reporter.interruptible("validation"), self.evaluation_mode():
+                losses = validation_losses(self.model.unet, self.data, self.held_out, self.model, self.reporter)
+                score = fmean(losses)
+                self.reporter.log(validation_loss=score, **dict(zip(self.TENTHS, by_tenths(losses), strict=True)))
+                self.reporter.say(f"step {self.reporter.step}: validation loss {score:.4f}")
         if self.reporter.due("preview"):
             with self.reporter.interruptible("preview"):
                 if self.folder is not None:

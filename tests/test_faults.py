@@ -64,6 +64,7 @@ FAULTS = [
     Fault("validation weighted", UNET, "Batch(latents, noise, t, context), None)", "Batch(latents, noise, t, context), 5.0)", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
     Fault("validation on unscaled latents", UNET, "model.vae.scale_latents(DiagonalGaussian.from_moments(moments).mode())", "DiagonalGaussian.from_moments(moments).mode()", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
     Fault("captions dropped in validation", UNET, "drop_caption=never)", "drop_caption=~never)", "test_training.py::test_validation_is_spread_over_the_timesteps_and_over_the_images"),
+    Fault("a stop is not looked for while it validates", UNET, "reporter.check_stop(together=True)", "pass", STOPPED + "[23-validation-15]"),
     Fault("validated on training images", UNET, "validation_losses(self.model.unet, self.data, self.held_out,", "validation_losses(self.model.unet, self.data, self.chosen,", JUDGED),
     # The update
     Fault("learning rate never set", UNET, 'group["lr"] = rate', "pass", JUDGED),

@@ -81,15 +81,19 @@ def test_the_number_of_processes_may_change_in_mid_run(folder: Path, alone: Path
     assert_same_run(run, alone)
 
 
-@pytest.mark.parametrize("moments", [{0: 2}, {1: 3}, {0: 2, 1: 4}])
+@pytest.mark.parametrize(
+    ("place", "moments", "step"),
+    [("step", {0: 2}, 2), ("step", {1: 3}, 3), ("step", {0: 2, 1: 4}, 2), ("validation", {1: 5}, 3)],
+)
 def test_a_signal_on_one_process_stops_all_after_the_same_step(
-    folder: Path, alone: Path, tmp_path: Path, moments: dict[int, int]
+    folder: Path, alone: Path, tmp_path: Path, place: str, moments: dict[int, int], step: int
 ) -> None:
-    trap = {rank: (signal_at, "step", step, signal.SIGTERM) for rank, step in moments.items()}
+    trap = {rank: (signal_at, place, count, signal.SIGTERM) for rank, count in moments.items()}
     children = start_job(folder, tmp_path / "run", 2, trap=trap)
     for child in children:
         assert child.wait() == 0 and "Traceback" not in child.output(), child.output()
-    assert f"Stopped at step {min(moments.values())} and saved" in children[0].output()
+    assert f"Stopped at step {step} and saved" in children[0].output()
+    assert "validation loss" not in children[0].output()  # a stop within one leaves it to the next run
     assert_same_run(train(folder, tmp_path / "run", 2, "--resume"), alone)
 
 

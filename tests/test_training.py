@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -335,6 +336,7 @@ def test_validation_is_spread_over_the_timesteps_and_over_the_images() -> None:
     """Whether one image is held out or eleven: every timestep's part of the range is visited as often as any other."""
     model = tiny_model()
     model.vae.config.scaling_factor = 0.5
+    unstopped = SimpleNamespace(processes=Processes(0, 1, CPU), check_stop=lambda together: None)
     for count in (1, 3, 11, 40):
         data = StandInData(count)
         seen: list[tuple[int, float]] = []
@@ -346,7 +348,7 @@ def test_validation_is_spread_over_the_timesteps_and_over_the_images() -> None:
             torch.testing.assert_close(x[clean], 0.5 * means, atol=0.6, rtol=0)  # scaled, not mirrored, little noise
             return torch.zeros_like(x)
 
-        losses = validation_losses(unet, data, torch.arange(count), model, Processes(0, 1, CPU))
+        losses = validation_losses(unet, data, torch.arange(count), model, unstopped)
         assert 0.95 < np.mean(losses) < 1.05  # the variance of the noise: every timestep weighs the same
         assert not any(drop.any() for drop in data.drops)
         timesteps = [t for _, t in seen]
@@ -356,7 +358,7 @@ def test_validation_is_spread_over_the_timesteps_and_over_the_images() -> None:
         for image in range(count):
             mine = [t for i, t in seen if i == image]
             assert abs(len(mine) - len(seen) / count) < 1 and min(mine) < 400 and max(mine) > 600
-        assert validation_losses(unet, data, torch.arange(count), model, Processes(0, 1, CPU)) == losses
+        assert validation_losses(unet, data, torch.arange(count), model, unstopped) == losses
 
 
 def test_each_tenth_of_the_timesteps_is_logged_and_plotted(parts: Path, tmp_path: Path, monkeypatch: object) -> None:

@@ -173,7 +173,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def interruptible(self, duty: str) -> Iterator[None]:
-        """Around something long that the first process does alone; a stop (`check_stop`) leaves it to the next run."""
+        """Around something long; a stop (`check_stop`) leaves it to the next run."""
         try:
             yield
         except PostponedError:
@@ -184,9 +184,12 @@ class Reporter:
         self.stopping = self.stopping or left
         self._time_from_here()
 
-    def check_stop(self) -> None:
-        """Raises `PostponedError` if a stop was asked for; called now and then by what is `interruptible`."""
-        if self.stop.asked:
+    def check_stop(self, together: bool = False) -> None:
+        """Raises `PostponedError` if a stop was asked for; called now and then by what is `interruptible`.
+
+        `together`: all processes call it equally often, and it raises on all of them where one was asked.
+        """
+        if self.processes.any(self.stop.asked) if together else self.stop.asked:
             raise PostponedError
 
     # ------------------------------------------------------------------------------------------------------------------
