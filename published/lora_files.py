@@ -123,7 +123,7 @@ def read_lora(path: Path) -> dict[str, dict[str, Change]]:
             if inside in found[network]:
                 raise ValueError(f"{path} changes {layer} twice, in two layouts; download it again.")
             try:
-                alpha = rest.pop(layer + ".alpha", None)
+                alpha = rest.pop(layer + ".alpha", metadata.get(layer + ".alpha"))  # or no tensor, in a pickle
                 alpha = _alpha_in(config, network, inside, len(down)) if alpha is None else float(alpha)
             except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, re.error) as error:
                 raise ValueError(
@@ -306,8 +306,8 @@ def attach(layers: list[tuple[nn.Module, Change]], name: str) -> None:
 def write_lora(path: Path, unet: nn.Module, name: str = "default", dtype: torch.dtype = torch.float32) -> None:
     """Writes the change `name` of a U-Net to a .safetensors file that diffusers' `load_lora_weights` reads.
 
-    α is multiplied into `up`; `scale` is left to whoever loads it. What `dtype` cannot hold is written in float32.
-    ValueError if no layer has such a change.
+    α is multiplied into `up`; `scale` is left to whoever loads it. A matrix that `dtype` cannot hold, since it is too
+    large or too small for it, is written in float32. ValueError if no layer has such a change.
     """
     tensors = {}
     changes = {layer: module.changes[name] for layer, module in adapted(unet).items() if name in module.changes}
@@ -316,6 +316,7 @@ def write_lora(path: Path, unet: nn.Module, name: str = "default", dtype: torch.
     for layer, change in changes.items():
         up = change.up.weight.detach() * change.alpha / change.rank
         for letter, matrix in (("A", change.down.weight.detach()), ("B", up)):
-            lower = matrix.to(dtype)
-            tensors[f"unet.{layer}.lora_{letter}.weight"] = lower if lower.isfinite().all() else matrix.float()
+            exact, lower = matrix.float(), matrix.to(dtype)
+            rounded = (lower.float() - exact).norm() <= torch.finfo(dtype).eps * exact.norm()  # not if ∞, not if lost
+            tensors[f"unet.{layer}.lora_{letter}.weight"] = lower if rounded else exact
     write_safetensors(path, tensors)

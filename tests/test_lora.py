@@ -500,6 +500,16 @@ def test_every_layout_says_the_same(folder: Path, tmp_path: Path, layout: Callab
     assert_same(ours(model, "ddim"), expected)
 
 
+def test_alpha_may_be_a_number_in_a_pickle(tmp_path: Path) -> None:
+    matrices = {"lora_unet_a.lora_down.weight": torch.ones(4, 2), "lora_unet_a.lora_up.weight": torch.ones(2, 4)}
+    for alpha in (1, 0.5, torch.tensor(2.0)):
+        torch.save(matrices | {"lora_unet_a.alpha": alpha}, tmp_path / "a.pt")
+        assert read_lora(tmp_path / "a.pt")["unet"]["a"].alpha == float(alpha)
+    torch.save(matrices | {"lora_unet_a.alpha": "much"}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="the α of lora_unet_a cannot be read"):
+        read_lora(tmp_path / "a.pt")
+
+
 def test_writing_multiplies_alpha_in_and_reading_gives_it_back(tmp_path: Path) -> None:
     unet = with_changes(tiny_unet(), rank=4, alpha=6.0)
     write_lora(tmp_path / "a.safetensors", unet)
@@ -526,13 +536,23 @@ def test_of_several_one_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_what_half_precision_cannot_hold_is_written_in_float32(tmp_path: Path) -> None:
-    unet = with_changes(tiny_unet(), rank=4, alpha=4e7)  # times up, above 65,504
+@pytest.mark.parametrize(
+    ("alpha", "written"),
+    [(4.0, torch.float16), (0.04, torch.float16), (4e7, torch.float32), (4e-5, torch.float32), (4e-9, torch.float32)],
+)
+def test_what_half_precision_cannot_hold_is_written_in_float32(
+    tmp_path: Path, alpha: float, written: torch.dtype
+) -> None:
+    """Times `up`, which is about 0.1: above 65,504; below 6e-5, where digits are lost; below 6e-8, where all are."""
+    unet = with_changes(tiny_unet(), rank=4, alpha=alpha)
     write_lora(tmp_path / "a.safetensors", unet, dtype=torch.float16)
     layers = lora.adapted(unet)
     for name, (down, up, _) in read_lora(tmp_path / "a.safetensors")["unet"].items():
-        assert (down.dtype, up.dtype) == (torch.float16, torch.float32)
-        torch.testing.assert_close(up, layers[name].changes["default"].up.weight * 1e7)
+        assert (down.dtype, up.dtype) == (torch.float16, written)
+        expected = layers[name].changes["default"].up.weight * alpha / 4
+        assert relative_error(up.float(), expected) < 1e-3
+    write_lora(tmp_path / "b.safetensors", with_changes(tiny_unet()), dtype=torch.bfloat16)
+    assert {up.dtype for _, up, _ in read_lora(tmp_path / "b.safetensors")["unet"].values()} == {torch.bfloat16}
 
 
 def test_a_model_with_loras(folder: Path, tmp_path: Path) -> None:
