@@ -47,7 +47,6 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 OF_A_TEXT_ENCODER = ("text_model.", "encoder.layers.")  # how names without such a prefix begin there
 ENDINGS = (  # of `down`, of `up`
     (".lora_A.weight", ".lora_B.weight"),
-    (".lora_A.default.weight", ".lora_B.default.weight"),
     (".lora.down.weight", ".lora.up.weight"),
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     (".lora_down.weight", ".lora_up.weight"),
@@ -113,7 +112,8 @@ def read_lora(path: Path) -> dict[str, dict[str, Change]]:
     config = _config_of(path, metadata)
     rest, found = dict(tensors), {network: {} for network in NETWORKS}
     for name in tensors:
-        for down_end, up_end in ENDINGS:
+        of_peft = re.findall(r"\.lora_A(\.\w+\.weight)$", name)  # with the adapter's name, such as `default`
+        for down_end, up_end in (*ENDINGS, *((f".lora_A{end}", f".lora_B{end}") for end in of_peft)):
             layer = name.removesuffix(down_end)
             if layer == name or layer + up_end not in tensors:
                 continue
@@ -161,10 +161,11 @@ def _check_matrices(path: Path, layer: str, down: Tensor, up: Tensor) -> None:
 
 def _network_of(layer: str) -> tuple[str, str]:
     """Which network a layer's full name belongs to, and its name there."""
+    of_peft = "base_model.model."  # for any network, alone or before or behind a network's prefix
+    layer = layer.removeprefix(of_peft)
     for prefix, network in PREFIXES.items():
         if layer.startswith(prefix):
-            return network, layer.removeprefix(prefix)
-    layer = layer.removeprefix("base_model.model.")  # peft's, for any network
+            return network, layer.removeprefix(prefix).removeprefix(of_peft)
     return "text_encoder" if layer.startswith(OF_A_TEXT_ENCODER) else "unet", layer
 
 
@@ -200,7 +201,8 @@ def _alpha_in(config: dict[str, Any], network: str, layer: str, rank: int) -> fl
             alpha = other
             break
     # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) has α/√r in the place of α/r.
-    return float(alpha) * math.sqrt(rank) if config.get(f"{network}.use_rslora") else float(alpha)
+    stabilised = str(config.get(f"{network}.use_rslora")).lower() in ("true", "1")  # some write it as a string
+    return float(alpha) * math.sqrt(rank) if stabilised else float(alpha)
 
 
 # A piece of a pattern: a character and how often it may stand there, or what ties characters together.

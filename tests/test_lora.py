@@ -382,6 +382,7 @@ def test_patterns_that_would_take_years_are_refused(pattern: str) -> None:
     [
         {"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_[qk]": 8.0}},
         {"unet.lora_alpha": 3},
+        {"unet.lora_alpha": 3, "unet.use_rslora": "false"},
         {"unet.lora_alpha": 3, "unet.alpha_pattern": None},
     ],
 )
@@ -473,11 +474,20 @@ def default_of_peft(name: str) -> str:
     return prefix + name.split(".", 1)[1].replace(".weight", ".default.weight")
 
 
+def peft_in_front(name: str) -> str:
+    return "base_model.model." + name.replace(".weight", ".default_0.weight")
+
+
+def peft_behind(name: str) -> str:
+    network, _, layer = name.partition(".")
+    return f"{network}.base_model.model.{layer}"
+
+
 @pytest.mark.parametrize(
     "layout",
     [
         *(kohya, kohya_of_sdxl_tools, kohya_with_ldm_names, first_diffusers, old_diffusers, linear_layers),
-        *(default_of_peft, without_prefix),
+        *(default_of_peft, peft_in_front, peft_behind, without_prefix),
     ],
 )
 def test_every_layout_says_the_same(folder: Path, tmp_path: Path, layout: Callable[[str], str]) -> None:
@@ -831,3 +841,4 @@ def test_a_lora_is_called_by_what_says_most(tmp_path: Path, monkeypatch: pytest.
         assert lora_file(f"./{path.name}")[1] == called
     monkeypatch.setattr("published.lora_files.locate", lambda *_, **how: tmp_path / "foxes" / "lora")
     assert lora_file("somebody/foxes-of-old")[1] == "somebody_foxes_of_old"
+    assert lora_files._name_of("/", Path("/lora/pytorch_lora_weights.safetensors")) == "lora"  # a disk's own folder
