@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
