@@ -43,7 +43,6 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -58,9 +57,10 @@ import lora
 import monsters
 from evaluation.attention import attention_sheet, score_parts, sharpest_layer
 from evaluation.attributes import score_attributes
+from evaluation.copying import THUMBNAIL, measure_copying, nearest, sheet_of_nearest, thumbnails
 from evaluation.obedience import FIRST_UNSEEN, Judge, Unseen, dealt_out_anew, measure_monsters, unseen_monsters
 from evaluation.report import in_words
-from evaluation.statistics import below_by_chance, kid, mean_interval, precision_recall_coverage
+from evaluation.statistics import kid, mean_interval, precision_recall_coverage
 from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
 from images import captioned_sheet, image_to_pixels, pixels_to_images, read_parameters, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
@@ -75,12 +75,10 @@ from training.reproducible import Processes, resolve_precision
 from training.run_folder import atomically
 from training.script import UserError, run, user_errors
 
-THUMBNAIL = 64  # pixels a side at which images are compared
 ATTENTIVE = 64  # monsters, at most, whose words are looked at
 NOISED = 32  # images, at most, on whose noise the U-Net's prediction is measured
 ENCODED = 16  # images, at most, that show what the VAE allows
 OTHERS = 50_000  # from here on, counted from the first unseen one, are monsters that nobody asks for: a control
-CROWD = 50  # nearest training images that calibrate the distance to the very nearest
 
 
 class TrainingImages:
@@ -191,40 +189,6 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
     return made
 
 
-@dataclass
-class Nearest:
-    """Of each image (n,): RMS distance to the nearest training image, which that is, and whether mirrored.
-
-    `calibrated`: that distance over the mean distance to the 50 nearest (Carlini et al. 2023, arXiv:2301.13188, Section
-    5.1). An image with much white is near to many; a copy is near to one and far from the others.
-    """
-
-    distance: Tensor
-    index: Tensor
-    mirrored: Tensor
-    calibrated: Tensor
-
-
-def nearest(queries: Tensor, training: Tensor, but: Tensor | None = None) -> Nearest:
-    """For thumbnails (n, 3, s, s) among `training` and mirrors.
-
-    `but` (n,): of each, one that does not count, nor does any that is equal to it within a level of 255.
-    """
-    flat, n = queries.flatten(1), len(training)
-    both = torch.cat([training, training.flip(-1)]).flatten(1)
-    distances = torch.cdist(flat, both) / flat.shape[1] ** 0.5  # (n, 2·training)
-    if but is not None:
-        distances[torch.arange(len(flat)), but] = distances[torch.arange(len(flat)), but + n] = torch.inf
-        distances[distances < 2 / 255] = torch.inf
-    several, indices = distances.topk(min(CROWD, max(n - 1, 1)), dim=1, largest=False)  # (n, 50), rising
-    distance, index = several[:, 0], indices[:, 0]
-    return Nearest(distance, index % n, index >= n, distance / several.mean(dim=1).clamp(min=1e-12))
-
-
-def thumbnails(made: list[Image.Image]) -> Tensor:
-    return torch.stack([to_pixels(image, THUMBNAIL) for image in made])
-
-
 def measure_obedience(
     made: list[Image.Image], real: list[Image.Image], prompts: list[str], asked: list[Unseen], judge: Judge
 ) -> dict:
@@ -282,45 +246,6 @@ def with_raw_weights(model: StableDiffusion, checkpoint: str) -> StableDiffusion
             "checkpoints/step_….pt of the run that made it."
         ) from error
     return StableDiffusion(*model.parts._replace(unet=unet, text_encoder=text_encoder))
-
-
-def measure_copying(of_samples: Nearest, of_others: Nearest) -> dict:
-    """How near samples come to training images, against images that cannot be copies (`of_others`).
-
-    Copies by either measure are counted, too: of an image that stands many times in the data, a copy is no nearer to it
-    than to its crowd, and only the distance as it is finds it.
-    """
-    measures = ("distance", "calibrated")
-    report: dict = {}
-    for name, found in (("samples", of_samples), ("images_that_are_no_copies", of_others)):
-        values = {measure: getattr(found, measure) for measure in measures}
-        report[name] = {measure: {"mean": v.mean().item(), "smallest": v.min().item()} for measure, v in values.items()}
-    called = {}
-    for name, limit in limits_of(of_others).items():
-        called[name] = getattr(of_samples, name) < limit
-        report[f"share_of_copies_by_{name}"] = called[name].float().mean().item()
-    report["share_of_copies_by_either"] = (called["distance"] | called["calibrated"]).float().mean().item()
-    report["share_by_chance"] = below_by_chance(len(of_others.distance))
-    return report
-
-
-def limits_of(of_others: Nearest) -> dict[str, float]:
-    """Below these, a sample is called a copy."""
-    return {name: getattr(of_others, name).quantile(0.01).item() for name in ("distance", "calibrated")}
-
-
-def sheet_of_nearest(
-    made: list[Image.Image], prompts: list[str], training: TrainingImages, found: Nearest, limits: dict[str, float]
-) -> Image.Image:
-    """The 16 samples that are most like copies, by either measure, the worst first, each beside its training image."""
-    of_limits = [getattr(found, name) / max(limit, 1e-12) for name, limit in limits.items()]
-    worst = torch.minimum(*of_limits).argsort()[:16].tolist()
-    twins = pixels_to_images(training.pixels([found.index[i].item() for i in worst], 256) / 2 + 0.5)
-    pairs, captions = [], []
-    for i, twin in zip(worst, twins, strict=True):
-        pairs += [made[i], twin.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if found.mirrored[i] else twin]
-        captions += [prompts[i], f"nearest: distance {found.distance[i]:.3f}, calibrated {found.calibrated[i]:.2f}"]
-    return captioned_sheet(pairs, captions, columns=8, side=160)
 
 
 def main(argv: list[str]) -> None:
@@ -400,7 +325,7 @@ def main(argv: list[str]) -> None:
     for name, text in texts.items():  # before the pictures: numbers are what took long
         write(folder / name, text)
     print(texts["report.md"])
-    pictures["nearest"] = sheet_of_nearest(made, prompts, training, found, limits_of(others))
+    pictures["nearest"] = sheet_of_nearest(made, prompts, training.pixels, found, report["copying"]["limits"])
     (folder / "attention.png").unlink(missing_ok=True)  # an earlier evaluation's
     for name, picture in pictures.items():
         write(folder / f"{name}.png", picture)

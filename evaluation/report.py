@@ -6,6 +6,8 @@ from itertools import zip_longest
 from evaluation.attention import table
 from evaluation.statistics import below_by_chance, share_interval
 
+NOT_AVAILABLE = "n.a."
+
 
 def _loras(report: dict) -> Iterable[tuple[str, float]]:
     return zip_longest(report["lora"], report.get("lora_scale", ()), fillvalue=1.0)
@@ -42,15 +44,17 @@ def in_words(report: dict) -> str:
     for measure in ("distance", "calibrated"):
         cells = [copying[name][measure] for name in ("samples", "images_that_are_no_copies")]
         share = _share(copying[f"share_of_copies_by_{measure}"], report["samples"])
-        rows.append((measure, *(f"{cell['mean']:.3f}, {cell['smallest']:.3f}" for cell in cells), share))
+        rows.append((measure, *map(_distances, cells), share))
     if "share_of_copies_by_either" in copying:
         share = _share(copying["share_of_copies_by_either"], report["samples"])
         rows.append(("either, by chance up to twice as many", "", "", share))
-    chance = copying.get("share_by_chance")  # older reports do not have it
+    chance = copying.get("share_by_chance")  # older reports do not have it, nor those without limits
     called = f"samples called copies ({f'{chance:.1%}' if chance else '1%'} by chance)"
     head = ("nearest training image (mean, smallest)", "samples", "images that are no copies", called)
     lines += ["", *_table(head, rows)]
-    if chance is None and report["dataset"].startswith("monsters"):  # an older report: limits from as many images
+    if "share_by_chance" not in copying and report["dataset"].startswith(
+        "monsters"
+    ):  # an older report: limits from as many images
         passed = below_by_chance(report["samples"])
         lines += ["", f"Limits that come from only {report['samples']} images are passed by {passed:.1%} of others."]
     ceiling = report["vae_ceiling"]
@@ -101,7 +105,13 @@ def _attention(parts: dict[str, dict]) -> list[str]:
     ]
 
 
-def _share(value: float, count: int) -> str:
+def _distances(cell: dict[str, float | None]) -> str:
+    return NOT_AVAILABLE if cell["mean"] is None else f"{cell['mean']:.3f}, {cell['smallest']:.3f}"
+
+
+def _share(value: float | None, count: int) -> str:
+    if value is None:
+        return NOT_AVAILABLE
     low, high = share_interval(value, count)
     return f"{value:.0%} ({low:.0%}…{high:.0%})"
 

@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate_stable_diffusion as script
 import lora
 import monsters
-from evaluation import obedience
+from evaluation import copying, obedience
 from evaluation.attributes import CHOICES, score_attributes, variants
 from evaluation.statistics import expanded, kid, mean_interval, precision_recall_coverage, share_interval
 from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, spread
@@ -112,13 +112,13 @@ def test_images_are_judged_in_the_order_of_their_captions(tmp_path: Path) -> Non
 
 
 def test_a_planted_copy_is_nearest_to_its_original_mirrored_or_not() -> None:
-    known = script.thumbnails([monsters.draw(i, 64) for i in range(30)])
-    queries = torch.stack([known[7], known[12].flip(-1), script.thumbnails([monsters.draw(900, 64)])[0]])
-    found = script.nearest(queries, known)
+    known = copying.thumbnails([monsters.draw(i, 64) for i in range(30)])
+    queries = torch.stack([known[7], known[12].flip(-1), copying.thumbnails([monsters.draw(900, 64)])[0]])
+    found = copying.nearest(queries, known)
     assert found.index[:2].tolist() == [7, 12] and found.mirrored[:2].tolist() == [False, True]
     assert found.distance[:2].max() < 1e-3 < 0.1 < found.distance[2]
     assert found.calibrated[:2].max() < 0.01 and 0.3 < found.calibrated[2] <= 1
-    others = script.nearest(known, known, but=torch.arange(30))
+    others = copying.nearest(known, known, but=torch.arange(30))
     assert others.distance.min() > 0.1 and (others.index != torch.arange(30)).all()
 
 
@@ -127,7 +127,7 @@ def test_a_pale_image_is_near_to_many_and_no_copy() -> None:
     generator = torch.Generator().manual_seed(0)
     known = 1 - 0.05 * torch.rand(60, 3, 8, 8, generator=generator)
     pale, copy = 1 - 0.05 * torch.rand(1, 3, 8, 8, generator=generator), known[:1] - 0.001
-    found = script.nearest(torch.cat([pale, copy]), known)
+    found = copying.nearest(torch.cat([pale, copy]), known)
     assert found.distance.max() < 0.03
     assert found.calibrated[0] > 0.8 and found.calibrated[1] < 0.1
 
@@ -461,10 +461,10 @@ def test_duplicates_in_the_data_hide_no_copies() -> None:
     torch.manual_seed(0)
     once = torch.rand(20, 3, 8, 8) * 2 - 1
     known = torch.cat([once, once])
-    others = script.nearest(known, known, but=torch.arange(40))
-    copies = script.nearest(once[:8] + 0.001, known)
+    others = copying.nearest(known, known, but=torch.arange(40))
+    copies = copying.nearest(once[:8] + 0.001, known)
     assert (others.distance > 0.3).all()
-    assert script.measure_copying(copies, others)["share_of_copies_by_distance"] == 1
+    assert copying.measure_copying(copies, others)["share_of_copies_by_distance"] == 1
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ FAULTS = [
     Fault("every checkpoint called the best", REPORTER, "is_best = score < self.best", "is_best = True", "test_training.py::test_the_best_model_is_the_one_with_the_lowest_validation_loss"),
     # What is reported of copies
     Fault("a training image is its own nearest", "evaluate_stable_diffusion.py", "but=torch.arange(len(known))", "but=None", COPIES + "[True]"),
-    Fault("half of the samples called copies", "evaluate_stable_diffusion.py", "name).quantile(0.01)", "name).quantile(0.9)", COPIES + "[False]"),
-    Fault("mirrored copies not found", "evaluate_stable_diffusion.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", COPIES + "[False]"),
+    Fault("half of the samples called copies", "evaluation/copying.py", "v.quantile(0.01)", "v.quantile(0.9)", COPIES + "[False]"),
+    Fault("mirrored copies not found", "evaluation/copying.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", COPIES + "[False]"),
     # Attention
     Fault("attention not scaled where it is spelled out", "diffusion_model.py", "(q * q.shape[-1] ** -0.5) @ k.mT", "q @ k.mT", "test_unet.py::test_attention_and_its_gradients_are_those_of_pytorch[dtype1-77]"),
     # Memory layout
@@ -149,7 +149,7 @@ FAULTS = [
     Fault("`evaluate` always obedient", "evaluation/obedience.py", "a and b == c for a, b, c in", "True for a, b, c in", "test_evaluation.py::test_colours_counts_what_was_asked_for"),
     Fault("KID of the real images with themselves", "evaluation/statistics.py", "- 2 * mean(xy, i, j)", "- 2 * mean(xx, i, j)", "test_evaluation.py::test_kid_is_0_for_one_distribution_and_not_for_two"),
     Fault("coverage counts samples", "evaluation/statistics.py", "real_radius[:, None]).any(dim=1)", "real_radius[:, None]).any(dim=0)", "test_evaluation.py::test_precision_recall_and_coverage_know_what_is_missing"),
-    Fault("distances not calibrated", "evaluate_stable_diffusion.py", "distance / several.mean(dim=1).clamp(min=1e-12)", "distance", "test_evaluation.py::test_a_pale_image_is_near_to_many_and_no_copy"),
+    Fault("distances not calibrated", "evaluation/copying.py", "distance / crowd.clamp(min=1e-12)", "distance", "test_evaluation.py::test_a_pale_image_is_near_to_many_and_no_copy"),
     Fault("wrong articles give the wrong captions away", "evaluation/attributes.py", "_with_articles(as_named(phrase).sub(other, caption, 1))", "as_named(phrase).sub(other, caption, 1)", "test_evaluation.py::test_variants_exchange_one_phrase_for_each_other_value"),
     Fault("one caption for all prediction errors", "evaluation/timestep_loss.py", "context[indices])", "context[indices * 0])", "test_evaluation.py::test_prediction_errors_are_those_of_the_steps_loss_and_repeat_themselves"),
     Fault("attention recorded for good", "evaluation/attention.py", "            hook.remove()", "            pass", "test_attention.py::test_recording_changes_no_bit_and_ends_with_the_block"),

@@ -13,6 +13,7 @@ from PIL import Image
 import evaluate_stable_diffusion as script
 import lora
 import monsters
+from evaluation import copying
 from evaluation.report import in_words
 from evaluation.statistics import below_by_chance
 from images import to_pixels
@@ -179,11 +180,14 @@ def test_copies_stand_first_beside_their_originals_turned_as_they_are(monkeypatc
     flipped = known[12].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     made = [monsters.draw(900_000 + i, 64) for i in range(20)]
     made[17], made[4] = known[7], flipped
-    found = script.nearest(script.thumbnails(made), script.thumbnails(known))
-    size = SimpleNamespace(pixels=lambda indices, _: torch.stack([to_pixels(known[i], 64) for i in indices]))
-    monkeypatch.setattr(script, "captioned_sheet", lambda images, captions, **_: (images, captions))
-    images, captions = script.sheet_of_nearest(
-        made, [f"prompt {i}" for i in range(20)], size, found, {"distance": 0.3, "calibrated": 0.8}
+    found = copying.nearest(copying.thumbnails(made), copying.thumbnails(known))
+    monkeypatch.setattr(copying, "captioned_sheet", lambda images, captions, **_: (images, captions))
+    images, captions = copying.sheet_of_nearest(
+        made,
+        [f"prompt {i}" for i in range(20)],
+        lambda indices, _: torch.stack([to_pixels(known[i], 64) for i in indices]),
+        found,
+        {"distance": 0.3, "calibrated": 0.8},
     )
     assert len(images) == 32 and sorted(captions[:4:2]) == ["prompt 17", "prompt 4"]
     for sample, twin in zip(images[:4:2], images[1:4:2], strict=True):
@@ -201,16 +205,17 @@ def test_a_copy_of_an_image_that_stands_many_times_is_found(monkeypatch: pytest.
     """It is as near to sixty others, so that only its distance as it is tells."""
     once = torch.rand(100, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     known = torch.cat([once[:80], once[:1].expand(60, -1, -1, -1)])
-    others, copied = script.nearest(once[80:90], known), once[:1] + 0.01
-    report = script.measure_copying(script.nearest(copied, known), others)
+    others, copied = copying.nearest(once[80:90], known), once[:1] + 0.01
+    report = copying.measure_copying(copying.nearest(copied, known), others)
     assert report["share_of_copies_by_calibrated"] == 0
     assert report["share_of_copies_by_either"] == report["share_of_copies_by_distance"] == 1
     assert report["share_by_chance"] == below_by_chance(10)
-    found = script.nearest(torch.cat([once[90:], copied]), known)
-    training = SimpleNamespace(pixels=lambda indices, _: known[indices])
-    monkeypatch.setattr(script, "captioned_sheet", lambda _, captions, **__: captions)
+    found = copying.nearest(torch.cat([once[90:], copied]), known)
+    monkeypatch.setattr(copying, "captioned_sheet", lambda _, captions, **__: captions)
     prompts = ["other"] * 10 + ["copy"]
-    captions = script.sheet_of_nearest([grey(0)] * 11, prompts, training, found, script.limits_of(others))
+    captions = copying.sheet_of_nearest(
+        [grey(0)] * 11, prompts, lambda indices, _: known[indices], found, copying.limits_of(others)
+    )
     assert captions[0] == "copy" and captions[1].startswith("nearest: distance 0.010, calibrated 1.00")
 
 
@@ -218,7 +223,7 @@ def test_distances_are_calibrated_by_the_fifty_nearest() -> None:
     known, query = torch.randn(70, 3, 4, 4), torch.randn(1, 3, 4, 4)
     distances = [(query[0] - image).square().mean().sqrt() for one in known for image in (one, one.flip(-1))]
     rising = torch.stack(distances).sort().values
-    found = script.nearest(query, known)
+    found = copying.nearest(query, known)
     assert found.calibrated[0].item() == pytest.approx((rising[0] / rising[:50].mean()).item(), rel=1e-3)
 
 
