@@ -1,6 +1,6 @@
 """How good a model is: does it draw the colour it is asked for, does it copy, and what does its VAE allow?
 
-    python evaluate_stable_diffusion.py stable_diffusion_results/monsters/model --dataset monsters:4000
+    python evaluate_stable_diffusion.py stable_diffusion_results/monsters/model --dataset monsters:5000
 
 samples images (for unseen captions of monsters, or for the data set's own captions), and writes into --output_dir:
 `report.md` and `report.json`, `samples.png` (images with prompts), and `nearest.png` (the samples that are most like a
@@ -38,6 +38,7 @@ if __name__ == "__main__":
     answer_early(Options)  # before the imports below, which take seconds
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -65,6 +66,7 @@ from evaluation.timestep_loss import by_tenths, intervals, prediction_errors, sp
 from images import captioned_sheet, image_to_pixels, pixels_to_images, read_parameters, save_png, to_pixels, to_rgb
 from monsters.workers import worker_processes
 from pokemon_dataset import load_captioned_images, load_pixels
+from published.diffusers_layout import schedule_dict
 from published.weight_files import first_line
 from samplers import grid_options, timestep_grid
 from stable_diffusion_model import StableDiffusion
@@ -78,6 +80,8 @@ from training.script import UserError, run, user_errors
 ATTENTIVE = 64  # monsters, at most, whose words are looked at
 NOISED = 32  # images, at most, on whose noise the U-Net's prediction is measured
 ENCODED = 16  # images, at most, that show what the VAE allows
+HASH = "Model hash"  # by which an image says which model made it
+WRITTEN = ("report.json", "report.md", "samples.png", "nearest.png", "attention.png")  # beside images/
 OTHERS = 50_000  # from here on, counted from the first unseen one, are monsters that nobody asks for: a control
 
 
@@ -141,6 +145,47 @@ def write(path: Path, content: str | Image.Image) -> None:
             save_png(content, temporary)
 
 
+def model_hash(model: StableDiffusion) -> str:
+    """Another one for other weights or precision, and for another noise schedule or scheduler_config.json."""
+    config = json.dumps(model.scheduler_config | schedule_dict(model.schedule), sort_keys=True)
+    weights = fingerprint(model.unet, model.text_encoder.model, model.vae)
+    return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()[:16]
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The images that an evaluation may have written there, and would overwrite or delete: 0000.png and so on."""
+    return sorted(file for file in folder.glob("*.png") if re.fullmatch(r"\d{4,}", file.stem))
+
+
+def checked_folder(options: Options) -> Path:
+    """--output_dir, made if need be. UserError if it cannot be written, or if others' files stand where ours would."""
+    folder = Path(options.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file, a folder of others, a disk that is read only
+        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror}); choose another folder.") from error
+    images = folder / "images"
+    for place in [folder, images] if images.is_dir() else [folder]:
+        if not os.access(place, os.W_OK):
+            raise UserError(f"--output_dir {folder}: cannot write to {place}; choose another folder.")
+    if images.exists() and not images.is_dir():
+        raise UserError(f"--output_dir {folder}: {images} is a file, not a folder; choose another --output_dir.")
+    for file in [*(folder / name for name in WRITTEN), *numbered(images)]:
+        if file.is_dir():
+            raise UserError(f"--output_dir {folder}: {file} is a folder, not a file; choose another --output_dir.")
+    for file in numbered(images):
+        try:
+            is_ours = HASH in read_parameters(file)
+        except Exception:  # a broken one is made anew: Pillow has many kinds
+            continue
+        if not is_ours:
+            raise UserError(
+                f"--output_dir {folder}: {file} was not made by an evaluation, and is not overwritten; choose another "
+                "--output_dir."
+            )
+    return folder
+
+
 def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> list[Image.Image]:
     """One image per prompt, seeds counted from --seed; kept as PNGs in --output_dir/images.
 
@@ -150,7 +195,7 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
     said = {"Steps": options.steps, "Sampler": options.sampler, "CFG scale": options.guidance_scale}
     said |= {"Size": f"{options.resolution}x{options.resolution}", "Model": model.name}
     said["LoRA"] = lora.in_words(model.loras)
-    said["Model hash"] = weights = fingerprint(model.unet, model.text_encoder.model, model.vae)[:16]
+    said[HASH] = model_hash(model)
 
     def is_there(file: Path, prompt: str, seed: int) -> bool:
         try:
@@ -180,10 +225,9 @@ def sample_all(model: StableDiffusion, prompts: list[str], options: Options) -> 
             print(f"\n{start} of {len(prompts)} images are in {folder}: --reuse takes them.", file=sys.stderr)
             raise
         for file, image in zip(files, made[start:], strict=True):
-            image.info["parameters"] += f", Model hash: {weights}"
+            image.info["parameters"] += f", {HASH}: {said[HASH]}"
             write(file, image)
-    surplus = [file for file in folder.glob("*.png") if re.fullmatch(r"\d{4,}", file.stem)]
-    for file in [] if options.reuse else surplus:  # of an earlier evaluation of more images
+    for file in [] if options.reuse else numbered(folder):  # of an earlier evaluation of more images
         if int(file.stem) >= len(prompts):
             file.unlink()
     return made
@@ -239,7 +283,15 @@ def with_raw_weights(model: StableDiffusion, checkpoint: str) -> StableDiffusion
     """
     unet, text_encoder = copy.deepcopy((model.unet, model.text_encoder))
     try:
-        unet.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["unet"])
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["unet"]
+        if any(name.endswith(".down.weight") for name in state):
+            raise UserError(
+                f"--checkpoint {checkpoint}: is of a LoRA run, and holds no whole U-Net; pass the run's lora folder "
+                "with --lora instead."
+            )
+        unet.load_state_dict(state)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file fails anywhere
         raise UserError(
             f"--checkpoint {checkpoint}: cannot be read as one of this model's ({first_line(error)}); pass "
@@ -252,13 +304,7 @@ def main(argv: list[str]) -> None:
     options = parse_options(Options, with_model_named(argv))
     if len(options.lora_scale) > len(options.lora):
         raise UserError("--lora_scale: give a --lora for each.")
-    folder, side = Path(options.output_dir), options.resolution
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a file, a folder of others, a disk that is read only
-        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror}); choose another folder.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output_dir {folder}: cannot be written to; choose another folder.")
+    folder, side = checked_folder(options), options.resolution
     with user_errors():
         model = StableDiffusion.from_pretrained(options.model, device=options.device)
         model.to(model.device, resolve_precision(options.precision, model.device))

@@ -48,13 +48,11 @@ def in_words(report: dict) -> str:
     if "share_of_copies_by_either" in copying:
         share = _share(copying["share_of_copies_by_either"], report["samples"])
         rows.append(("either, by chance up to twice as many", "", "", share))
-    chance = copying.get("share_by_chance")  # older reports do not have it, nor those without limits
+    chance = copying.get("share_by_chance")  # an older report does not have it, nor one without limits
     called = f"samples called copies ({f'{chance:.1%}' if chance else '1%'} by chance)"
     head = ("nearest training image (mean, smallest)", "samples", "images that are no copies", called)
     lines += ["", *_table(head, rows)]
-    if "share_by_chance" not in copying and report["dataset"].startswith(
-        "monsters"
-    ):  # an older report: limits from as many images
+    if "share_by_chance" not in copying and report["dataset"].startswith("monsters"):  # limits from as many images
         passed = below_by_chance(report["samples"])
         lines += ["", f"Limits that come from only {report['samples']} images are passed by {passed:.1%} of others."]
     ceiling = report["vae_ceiling"]

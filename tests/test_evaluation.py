@@ -26,6 +26,7 @@ from published.lora_files import write_lora
 from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model
+from training.reproducible import resolve_precision
 from training.script import UserError
 
 
@@ -168,6 +169,7 @@ def test_a_report_is_written(tmp_path, capsys: pytest.CaptureFixture) -> None:
     assert report["obedience"]["r_precision_of_real_images"] == 1.0
     assert report["samples"] == 2 and 0 <= report["obedience"]["on_white_in_the_colour"] <= 1
     assert report["vae_ceiling"]["psnr"] > 0 and report["copying"]["samples"]["distance"]["mean"] > 0
+    assert report["precision"] == str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
     assert len(report["prediction_error"]["by_tenths"]) == 10 and "against_real_images" not in report  # of two images
     assert (tmp_path / "report" / "samples.png").is_file() and (tmp_path / "report" / "nearest.png").is_file()
 
@@ -408,6 +410,8 @@ def test_prediction_errors_are_those_of_the_steps_loss_and_repeat_themselves() -
         patch.setattr(NoiseSchedule, "add_noise", remember)
         patch.setattr(model.unet, "forward", lambda *_: seen[-1])
         assert max(prediction_errors(model, pixels, ["a"] * 3)) == 0.0
+    noise = torch.cat(seen).flatten(1)
+    assert len(noise) == len(noise.unique(dim=0)) == 70  # never the same twice
 
 
 def test_the_unet_is_shown_noisy_latents_their_timestep_and_their_caption() -> None:

@@ -16,7 +16,7 @@ import monsters
 from evaluation import copying
 from evaluation.report import in_words
 from evaluation.statistics import below_by_chance
-from images import to_pixels
+from images import read_parameters, to_pixels
 from noise_schedule import NoiseSchedule
 from published.lora_files import write_lora
 from stable_diffusion_model import StableDiffusion
@@ -106,6 +106,44 @@ def test_a_broken_image_is_said_before_sampling_or_left_out(
         found = script.TrainingImages(options)
     assert len(found) == 11 and found.captions() == ["a grey"] * 11
     assert found.pixels([10], 8)[0, 0, 0, 0].item() == pytest.approx(200 / 127.5 - 1)
+
+
+def test_images_of_others_are_not_overwritten(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set may keep its own in a folder of that name."""
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        grey(i).save(tmp_path / "images" / f"{i:04d}.png")
+    before = [path.read_bytes() for path in sorted(tmp_path.glob("**/*.png"))]
+    monkeypatch.setattr(script, "sample_all", never)
+    for more in ((), ("--reuse",)):
+        with pytest.raises(
+            UserError, match=r"--output_dir .*0000\.png was not made by an evaluation, and is not overw"
+        ):
+            script.main(arguments(folder, "monsters:4", "--output_dir", str(tmp_path), *more))
+    assert before == [path.read_bytes() for path in sorted(tmp_path.glob("**/*.png"))]
+
+
+@pytest.mark.parametrize("name", ["images", "report.json", "nearest.png", "images/0001.png"])
+def test_what_stands_in_the_way_is_said_before_sampling(
+    folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "sample_all", never)
+    if name == "images":
+        (tmp_path / name).write_text("a file")
+    else:
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"--output_dir .*{name} is a (file|folder), not a "):
+        script.main(arguments(folder, "monsters:4", "--output_dir", str(tmp_path)))
+    assert (tmp_path / name).exists()
+
+
+def test_a_checkpoint_of_a_lora_is_no_whole_model(folder: Path, tmp_path: Path) -> None:
+    model = StableDiffusion.from_pretrained(folder / "model", device="cpu")
+    lora.add(model.unet, lora.targets(model.unet), rank=2, alpha=2)
+    trained = {name: tensor for name, tensor in model.unet.state_dict().items() if ".down." in name or ".up." in name}
+    torch.save({"unet": trained}, tmp_path / "step_00000001.pt")
+    with pytest.raises(UserError, match=r"--checkpoint .* is of a LoRA run, .*pass the run's lora folder with --lora"):
+        script.main(arguments(folder, "monsters:4", "--checkpoint", str(tmp_path / "step_00000001.pt")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,6 +257,64 @@ def test_a_copy_of_an_image_that_stands_many_times_is_found(monkeypatch: pytest.
     assert captions[0] == "copy" and captions[1].startswith("nearest: distance 0.010, calibrated 1.00")
 
 
+def test_images_that_are_all_equal_are_no_copies_of_each_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to tell a copy by, and the report says so."""
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        grey(3).save(tmp_path / "images" / f"{i}.png")
+    monkeypatch.setattr(script, "sample_all", lambda *_: [grey(3), grey(5)])
+    more = ("--caption", "a grey", "--output_dir", str(tmp_path / "report"), "--resolution", "32")
+    script.main(arguments(folder, str(tmp_path / "images"), *more))
+    found = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["copying"]
+    assert found["samples"]["distance"]["smallest"] == pytest.approx(0, abs=1e-3) and found["limits"] == {}
+    assert found["images_that_are_no_copies"]["distance"] == {"mean": None, "smallest": None}
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| distance | "))
+    assert row.endswith(" | n.a. | n.a. |") and (tmp_path / "report" / "nearest.png").is_file()
+
+
+def test_what_does_not_count_is_no_part_of_the_crowd() -> None:
+    """Of three images, two of them equal: the first has one other, whose distance is all that calibrates it."""
+    known = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    known = (known + known.flip(-1)) / 2  # symmetrical: the mirror is as near
+    known[1] = known[0]
+    found = copying.nearest(known, known, but=torch.arange(3))
+    assert found.distance.isfinite().all() and found.calibrated.tolist() == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize("size", [2, 10])
+def test_a_small_set_is_calibrated_by_as_many_as_it_has_others(size: int) -> None:
+    known, query = torch.randn(size, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    distances = [(query[0] - image).square().mean().sqrt() for one in known for image in (one, one.flip(-1))]
+    rising = torch.stack(distances).sort().values
+    calibrated = copying.nearest(query, known).calibrated[0].item()
+    assert calibrated == pytest.approx((rising[0] / rising[: size - 1].mean()).item(), rel=1e-3)
+
+
+def test_one_in_a_hundred_images_that_are_no_copies_is_below_the_limit() -> None:
+    values = torch.arange(101.0)
+    limits = copying.limits_of(copying.Nearest(values, values, values, values / 100))
+    assert limits == pytest.approx({"distance": 1.0, "calibrated": 0.01})
+
+
+def test_the_attention_that_is_drawn_is_that_of_the_sharpest_layer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    other = {"by_layer": {"first": 1.0, "second": 1.0}}
+    parts = {"wings": {"by_layer": {"first": 1.0, "second": 3.0}, "other_words": other}}
+    for name, result in (("measure_obedience", {}), ("measure_quality", {}), ("measure_prediction", {})):
+        monkeypatch.setattr(script, name, lambda *_, result=result: result)
+    monkeypatch.setattr(script, "sample_all", lambda *_: [grey(0)] * 6)
+    monkeypatch.setattr(script, "score_parts", lambda *_: parts)
+    monkeypatch.setattr(script, "attention_sheet", lambda *given: drawn.append(given[-1]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(arguments(folder))
+    assert drawn == ["second"]
+
+
 def test_distances_are_calibrated_by_the_fifty_nearest() -> None:
     known, query = torch.randn(70, 3, 4, 4), torch.randn(1, 3, 4, 4)
     distances = [(query[0] - image).square().mean().sqrt() for one in known for image in (one, one.flip(-1))]
@@ -259,6 +355,30 @@ def test_images_of_other_weights_and_broken_ones_are_made_anew(tmp_path: Path) -
     options.reuse = False
     script.sample_all(model, prompts[:1], options)
     assert [path.name for path in broken.parent.iterdir()] == ["0000.png"]  # none of an evaluation of more
+
+
+@pytest.mark.parametrize(
+    "change", [{"prediction_type": "v_prediction"}, {"timestep_spacing": "trailing"}, {"_latents_mean": [0.5] * 4}]
+)
+def test_images_of_another_schedule_are_made_anew(tmp_path: Path, change: dict) -> None:
+    options = script.Options(output_dir=str(tmp_path), reuse=True, steps=1, resolution=64)
+    model, calls = tiny_model(), []
+    sample = model.sample
+    model.sample = lambda *args, **how: calls.append(args[0]) or sample(*args, **how)
+    script.sample_all(model, ["a fox"], options)
+    script.sample_all(model, ["a fox"], options)
+    if "prediction_type" in change:
+        model.schedule = NoiseSchedule(**change)
+    else:
+        model.scheduler_config |= change
+    script.sample_all(model, ["a fox"], options)
+    assert len(calls) == 2
+
+
+def test_seeds_count_on_from_batch_to_batch(tmp_path: Path) -> None:
+    options = script.Options(output_dir=str(tmp_path), steps=1, resolution=64, seed=7, batch_size=2)
+    script.sample_all(tiny_model(), ["a", "b", "c"], options)
+    assert [read_parameters(path)["Seed"] for path in script.numbered(tmp_path / "images")] == ["7", "8", "9"]
 
 
 def test_stopped_while_sampling_it_names_reuse(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

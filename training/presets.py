@@ -325,7 +325,7 @@ class EvaluationOptions:
     lora: list[str] = option([], "one or more LoRAs, added to the model: files, folders or hub ids")
     lora_scale: list[float] = option([], "how strongly each --lora counts; those without count fully")
     checkpoint: str = option("", "a checkpoint of the run that made it (checkpoints/step_….pt): how well its raw weights predict, beside the averaged ones")
-    dataset: str = option("monsters:4000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
+    dataset: str = option("monsters:5000", "what it was trained on: hub id, folder of captioned images, or monsters:N")
     split: str = option("train", "split of the data set")
     revision: str | None = option(None, "revision of a data set on the hub")
     caption_column: str | None = option(None, "column with the captions; default: text, en_text or caption")
