@@ -276,12 +276,12 @@ def test_images_that_are_all_equal_are_no_copies_of_each_other(
 
 
 def test_what_does_not_count_is_no_part_of_the_crowd() -> None:
-    """Of three images, two of them equal: the first has one other, whose distance is all that calibrates it."""
-    known = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    """Of four images, three of them equal: the first has one other, whose distance is all that calibrates it."""
+    known = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     known = (known + known.flip(-1)) / 2  # symmetrical: the mirror is as near
-    known[1] = known[0]
-    found = copying.nearest(known, known, but=torch.arange(3))
-    assert found.distance.isfinite().all() and found.calibrated.tolist() == pytest.approx([1.0] * 3)
+    known[1:3] = known[0]
+    found = copying.nearest(known, known, but=torch.arange(4))
+    assert found.distance.isfinite().all() and found.calibrated.tolist() == pytest.approx([1.0] * 4)
 
 
 @pytest.mark.parametrize("size", [2, 10])
