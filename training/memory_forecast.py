@@ -180,7 +180,8 @@ def forecast(
     remedies = {
         "--gradient_checkpointing": not checkpointing,
         f"--gradient_accumulation {micro_batches * latents[0]}": latents[0] > 1,
-        "--precision bfloat16": precision == torch.float32 and latents[0] > 1,  # for one image, its copies weigh more
+        # A LoRA's frozen matrices take half. Else autocast copies weights, which weighs more than one image saves.
+        "--precision bfloat16": precision == torch.float32 and (is_lora or latents[0] > 1),
         "--ema_decay 0": bool(parts["EMA"]) and not is_lora,  # a LoRA's average is small, and stays where it is
         "--ema_on_cpu": bool(parts["EMA"]) and not is_lora and not on_cpu,
         "a lower --resolution": is_lora,
