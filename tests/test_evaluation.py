@@ -112,6 +112,17 @@ def test_images_are_judged_in_the_order_of_their_captions(tmp_path: Path) -> Non
         assert sheet.width >= 8 * 128
 
 
+def test_turquoise_monsters_are_unseen_ones_and_judged_by_their_own_images(tmp_path: Path) -> None:
+    unseen = (obedience.FIRST_UNSEEN, monsters.TURQUOISE + obedience.FIRST_UNSEEN)
+    index = {monster.caption: monster.index for first in unseen for monster in obedience.unseen_monsters(3, first)}
+
+    def draw_them(prompts: list[str], seed: int) -> list[Image.Image]:
+        return [monsters.draw(index[prompt], 128) for prompt in prompts]  # of others it knows nothing
+
+    sentence = obedience.judge_monsters(draw_them, 3, tmp_path, "monsters:60:turquoise")
+    assert sentence.endswith("Of 3 turquoise ones, 100% are.")
+
+
 def test_a_planted_copy_is_nearest_to_its_original_mirrored_or_not() -> None:
     known = copying.thumbnails([monsters.draw(i, 64) for i in range(30)])
     queries = torch.stack([known[7], known[12].flip(-1), copying.thumbnails([monsters.draw(900, 64)])[0]])

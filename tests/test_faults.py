@@ -67,6 +67,8 @@ FAULTS = [
     Fault("a LoRA in a disk's own folder has no name", "published/lora_files.py", ' or "lora"', "", "test_lora.py::test_a_lora_is_called_by_what_says_most"),
     Fault("what half precision loses is written in it", "published/lora_files.py", "lower if rounded else exact", "lower if lower.isfinite().all() else exact", "test_lora.py::test_what_half_precision_cannot_hold_is_written_in_float32"),
     Fault("a part of a LoRA stays", "stable_diffusion_model.py", "            self.unload_lora(name)\n", "", "test_lora.py::test_a_lora_whose_loading_was_interrupted_leaves_nothing"),
+    Fault("turquoise monsters judged by the others' images", "evaluation/obedience.py", "colours(images[count:],", "colours(images[:count],", "test_evaluation.py::test_turquoise_monsters_are_unseen_ones_and_judged_by_their_own_images"),
+    Fault("turquoise monsters that were trained on", "evaluation/obedience.py", "monsters.TURQUOISE + FIRST_UNSEEN)", "monsters.TURQUOISE)", "test_evaluation.py::test_turquoise_monsters_are_unseen_ones_and_judged_by_their_own_images"),
     Fault("a stop is not looked for while it validates", UNET, "reporter.check_stop(together=True)", "pass", STOPPED + "[23-validation-15]"),
     Fault("validated on training images", UNET, "validation_losses(self.model.unet, self.data, self.held_out,", "validation_losses(self.model.unet, self.data, self.chosen,", JUDGED),
     # The update

@@ -115,6 +115,10 @@ def test_samplers_and_their_options_are_those_of_the_library():
     assert sample_stable_diffusion.KARRAS_SAMPLERS == tuple(samplers.KARRAS_SAMPLERS)
 
 
+def test_a_lora_may_count_negatively():
+    assert parse(["x", "--lora", "a", "--lora_scale", "-0.5"]).lora_scale == [-0.5]
+
+
 def test_guidance_suits_the_model_that_ships(monkeypatch):
     assert parse(["x"]).guidance_scale == 5
     assert parse(["x", "--model", str(SHIPPED_MODEL)]).guidance_scale == 5
