@@ -340,7 +340,7 @@ def test_missing_captions_are_named(folder: Path, models: tuple) -> None:
         load_captioned_images(str(folder))
     with pytest.raises(UserError, match=r"--caption: .* has captions of its own \(.*good\.txt\)"):
         load_captioned_images(str(folder), caption="one for all")
-    (folder / "good.txt").unlink()
+    (folder / "good.txt").write_text(" \n")
     assert set(load_captioned_images(str(folder), caption="one for all")["text"]) == {"one for all"}
     assert len(load_and_prepare(folder, models, caption="one for all")) == 6
 
@@ -521,6 +521,15 @@ def test_a_folder_that_cannot_be_listed(folder: Path, monkeypatch: pytest.Monkey
         load_captioned_images(str(folder))
 
 
+def test_images_are_found_behind_other_suffixes(folder: Path) -> None:
+    """A dot in a name is not always a suffix; cameras' raw files, which begin as TIFF does, hold a small preview."""
+    for name, form in (("Dr. Fox", "PNG"), ("x.jpg_large", "JPEG"), ("y.png.1", "PNG"), ("z.dng", "TIFF")):
+        Image.new("RGB", (20, 20), BLUE).save(folder / name, form)
+        (folder / f"{name}.txt").write_text(name)
+    (folder / "notes.md").write_text("no image")
+    assert list(load_captioned_images(str(folder))["text"]) == ["Dr. Fox", "a good one", "x.jpg_large", "y.png.1"]
+
+
 def test_split_folders(folder: Path) -> None:
     for name in ("train", "Val"):
         (folder / name).mkdir()
@@ -533,6 +542,10 @@ def test_split_folders(folder: Path) -> None:
     for wrong in ("test", "nonsense[", "train[x]", "train+validation", "", "train[1:1]", "train[5:]"):
         with pytest.raises(UserError, match="--split"):
             load_captioned_images(str(folder), split=wrong)
+    for text in folder.rglob("*.txt"):
+        text.unlink()
+    with pytest.warns(UserWarning, match=r": 1 images lie in folders of other splits and are left out\."):
+        assert len(load_captioned_images(str(folder), caption="one for all")) == 2
 
 
 def parquet(folder: Path, columns: dict, features: datasets.Features | None = None) -> None:

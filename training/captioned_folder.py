@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.image_files import is_image
+from training.image_files import IMAGE_SUFFIXES, is_image
 from training.script import UserError
 
 OTHER_DATA = {".parquet", ".arrow", ".tar", ".zip", ".gz", ".json", ".jsonl", ".csv"}  # `datasets` may know what it is
@@ -51,6 +51,8 @@ def read_folder(
     paths = _of_split(folder, list(captions), split)
     if metadata and (left_out := len(set(images) - captions.keys())):
         warnings.warn(f"{folder}: {left_out} images stand in no metadata file and are left out.", stacklevel=3)
+    if caption is not None and (left_out := len(captions) - len(paths)):
+        warnings.warn(f"{folder}: {left_out} images lie in folders of other splits and are left out.", stacklevel=3)
     return paths, [captions[path] for path in paths]
 
 
@@ -103,12 +105,10 @@ def _of_split(folder: str, paths: list[str], split: str) -> list[str]:
 
 def _captions_of_texts(folder: str, images: list[str], files: list[str], caption: str | None) -> dict[str, str]:
     stems = {os.path.splitext(path)[0]: path for path in files if path.lower().endswith(".txt")}
-    texts = {path: stems[stem] for path in images if (stem := os.path.splitext(path)[0]) in stems}
+    texts = {path: stems[stem] for path in images if (stem := _without_suffix(path)) in stems}
     if caption is not None:
-        if texts:
-            raise UserError(
-                f"--caption: {folder} has captions of its own ({next(iter(texts.values()))}); leave the option out."
-            )
+        if own := next((text for text in texts.values() if _read_text(text).strip()), None):
+            raise UserError(f"--caption: {folder} has captions of its own ({own}); leave the option out.")
         return dict.fromkeys(images, caption)
     if without := [os.path.basename(path) for path in images if path not in texts]:
         shown = ", ".join(without[:SHOWN]) + (f" and {len(without) - SHOWN} more" if len(without) > SHOWN else "")
@@ -118,6 +118,12 @@ def _captions_of_texts(folder: str, images: list[str], files: list[str], caption
             + ("." if texts else "; train_stable_diffusion.py gives all of them one, with --caption.")
         )
     return {path: " ".join(_read_text(text).split()) for path, text in texts.items()}
+
+
+def _without_suffix(image: str) -> str:
+    """An image's path as its .txt begins; "Dr. Fox" has no suffix."""
+    stem, suffix = os.path.splitext(image)
+    return stem if suffix.lower() in IMAGE_SUFFIXES else image
 
 
 def _read_text(path: str) -> str:

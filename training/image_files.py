@@ -25,8 +25,10 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", *_AVIF, "BMP", "GIF", "TIFF")  # no EPS,
 # What is called an image. Photos that cannot be read are among them: they shall be named, not passed over.
 IMAGE_SUFFIXES = {suffix for suffix, name in _SUFFIXES.items() if name in IMAGE_FORMATS}
 IMAGE_SUFFIXES |= {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2"}
-# How these files begin; for those without a suffix. Not BMP, whose two letters could begin a text.
-_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+# How these files begin; for those without such a suffix. Not BMP, whose two letters could begin a text.
+_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8")
+_TIFF = (b"II*\0", b"MM\0*")  # only without any suffix: cameras' raw files begin so, too, and hold a small preview
+_HEIF = tuple(b"ftyp" + kind for kind in (b"heic", b"heix", b"mif1", b"avif"))
 MOST_PIXELS = 89_478_485  # of an image, 9,459 × 9,459, above which Pillow warns; what claims more is not unpacked
 LISTED = 20  # files that a message lists by name
 
@@ -36,16 +38,17 @@ class BadImageError(UserError):
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is an image by its suffix or, if it has none, by how it begins; it may be damaged all the same."""
+    """Whether a file is an image, by its suffix or by how it begins ("Dr. Fox", "a.png.1"); it may be damaged still."""
     suffix = os.path.splitext(path)[1].lower()
-    if suffix:
-        return suffix in IMAGE_SUFFIXES
+    if suffix in IMAGE_SUFFIXES or suffix == ".txt":  # captions, of which there may be very many, are not opened
+        return suffix != ".txt"
     try:
         with open(path, "rb") as file:
             start = file.read(12)
     except OSError:
         return False
-    return start.startswith(_BEGINNINGS) or start[8:] == b"WEBP" or start[4:] in (b"ftypheic", b"ftypmif1", b"ftypavif")
+    known = start.startswith(_BEGINNINGS if suffix else _BEGINNINGS + _TIFF)
+    return known or start[8:] == b"WEBP" or start[4:] in _HEIF
 
 
 def content_of(cell: dict | None) -> bytes:
