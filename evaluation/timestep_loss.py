@@ -62,6 +62,7 @@ def by_tenths(losses: Sequence[float]) -> list[float]:
 
 def intervals(errors: Sequence[float], which: Tensor) -> tuple[tuple[float, float], list[tuple[float, float]]]:
     """They hold the true mean, and each tenth's, in 19 of 20 cases; `which` (n,) says of which image each error is.
+    Where errors are strongly skewed (log-normal, σ = 0.8) and those of a few images, in 17.
 
     Bootstrap: images are drawn, 2,000 times as many with replacement, and each brings all of its errors; they are no
     evidence independent of each other. Timesteps stay as they are, so that the tenths weigh equally in each mean. Ends
