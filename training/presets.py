@@ -71,7 +71,7 @@ class UNetOptions:
     ema_on_cpu: bool = option(False, "keep the average in the CPU's memory: less on the GPU, slower steps")
     precision: str = option("auto", "auto, float32 or bfloat16: what the networks compute in", choices=("auto", "float32", "bfloat16"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third slower")
-    compile: bool = option(False, "torch.compile the U-Net: slow to start, then faster")
+    compile: bool = option(False, "torch.compile the U-Net: minutes to start, then perhaps faster")
     device: str = option("auto", DEVICE)
 
     log_every: int = option(20, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
@@ -259,7 +259,7 @@ class VAEOptions:
     gradient_clip: float = option(1.0, "largest gradient norm; 0 = off", at_least=0)
     ema_decay: float = option(0.999, "of the averaged weights, which are saved", fixed=True, at_least=0, below=1)
     precision: str = option("auto", "auto, float32 or bfloat16", choices=("auto", "float32", "bfloat16"))
-    compile: bool = option(False, "torch.compile the network: slow to start, then faster")
+    compile: bool = option(False, "torch.compile the network: minutes to start, then perhaps faster")
     device: str = option("auto", DEVICE)
 
     log_every: int = option(20, "steps between rows of metrics.csv; 0 = off", at_least=0, group="reports and checkpoints")
