@@ -58,7 +58,7 @@ class Packed(nn.Module):
                     THIS_THREAD.emptied = getattr(THIS_THREAD, "emptied", 0) + self.weight.nbytes
                     self.weight.data = self.weight.new_empty(0)  # so that it takes no more memory
                 if THIS_THREAD.emptied >= GIVE_BACK_EVERY:
-                    _give_memory_back()
+                    give_memory_back()
                     THIS_THREAD.emptied = 0
             weight = self.packed if here and x.dtype == self.weight.dtype else _plain_weight(self)
         return kind.output(self, x, weight)
@@ -193,10 +193,10 @@ def unpack(unet: nn.Module) -> None:
     for layer in layers:
         _as_it_was(layer)
     if layers:
-        _give_memory_back()
+        give_memory_back()
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """What weights took, for the C library would keep it, in pieces too small for the next weight and for a VAE."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # glibc has it
         library.malloc_trim(0)

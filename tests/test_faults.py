@@ -110,7 +110,7 @@ FAULTS = [
     Fault("what a stop left undone is forgotten", REPORTER, 'set(state.get("undone", []))', "set()", STOPPED + "[5-step-6]"),
     Fault("a fixed option may change", "training/options.py", 'if f.metadata.get("fixed")]', 'if f.metadata.get("fixed") is None]', "test_training.py::test_resuming_checks_everything_before_it_writes_anything"),
     # Saved means saved
-    Fault("a stop is not heard", REPORTER, "self.stopping = self.processes.any(self.stop.asked)", "self.stopping = False", STOPPED + "[5-step-6]"),
+    Fault("a stop is not heard", REPORTER, "self.stopping = self.processes.any(self.stop.asked)", "self.stopping = False", STOPPED + "[4-step-3]"),
     Fault("a stop saves nothing", REPORTER, '{"checkpoint"} if is_last or self.stopping else set()', '{"checkpoint"} if is_last else set()', STOPPED + "[3-step-1]"),
     Fault("checksums not looked at", FOLDER, "(damaged := archive.testzip()) is not None", "False", DAMAGED + "[flipped]"),
     Fault("written in place", FOLDER, 'path.with_name(f".{path.name}.tmp"), path', "path, path", KILLED + "[checkpoint-2]"),
@@ -124,7 +124,7 @@ FAULTS = [
     Fault("another data set resumed", REPORTER, 'if state and state.get("data", data) != data:', "if False:", "test_training.py::test_a_changed_data_set_is_not_resumed"),
     # Processes
     Fault("gradients never synchronised", UNET, "contextlib.nullcontext() if i == parts - 1 else without_synchronisation(unet)", "without_synchronisation(unet)", "test_processes.py::test_two_processes_train_what_one_does_in_two_halves"),
-    Fault("a stop is not told to the others", REPORTER, "self.stopping = self.processes.any(self.stop.asked)", "self.stopping = self.stop.asked", "test_processes.py::test_a_signal_on_one_process_stops_all_after_the_same_step[moments1]"),
+    Fault("a stop is not told to the others", REPORTER, "self.stopping = self.processes.any(self.stop.asked)", "self.stopping = self.stop.asked", "test_processes.py::test_a_signal_on_one_process_stops_all_after_the_same_step[step-moments1-3]"),
     # The VAE
     Fault("KL weight ignored", VAE, "options.kl_weight * kl", "1e-6 * kl", "test_train_vae.py::test_the_loss_adds_its_terms_with_their_weights"),
     Fault("the generator never adversarial", VAE, "loss = loss + options.discriminator_weight * weight * fooled", "pass", "test_train_vae.py::test_the_discriminator_joins_in_when_it_is_told_to"),

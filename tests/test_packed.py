@@ -353,14 +353,14 @@ def test_few_steps_are_not_worth_it(model, monkeypatch):
 def test_memory_is_given_back_where_something_was_packed(model, monkeypatch):
     """Else a sampling of the `pokemon` model in float32 peaked 12 % higher, when its VAE decodes."""
     given_back = []
-    monkeypatch.setattr("sampling.packed._give_memory_back", lambda: given_back.append(packed_layers(model.unet)))
+    monkeypatch.setattr("sampling.packed.give_memory_back", lambda: given_back.append(packed_layers(model.unet)))
     image(model)
     assert given_back == [[]]
     monkeypatch.setattr("sampling.packed.FROM_CALLS", 9)
     image(model)
     assert given_back == [[]]
     monkeypatch.undo()
-    sampling.packed._give_memory_back()
+    sampling.packed.give_memory_back()
 
 
 @torch.no_grad()
@@ -368,7 +368,7 @@ def test_memory_is_given_back_while_weights_are_ordered(model, monkeypatch):
     """Else what emptied weights took stood beside the ordered ones: 8 % more memory for the `pokemon` U-Net."""
     given_back, here = [], threading.local()
     monkeypatch.setattr(sampling.packed, "THIS_THREAD", here)
-    monkeypatch.setattr("sampling.packed._give_memory_back", lambda: given_back.append(here.emptied))
+    monkeypatch.setattr("sampling.packed.give_memory_back", lambda: given_back.append(here.emptied))
     with packed(model.unet, 8):
         quarter = sum(layer.weight.nbytes for layer in packed_layers(model.unet)) // 4
         monkeypatch.setattr("sampling.packed.GIVE_BACK_EVERY", quarter)

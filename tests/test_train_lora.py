@@ -147,6 +147,14 @@ def test_the_frozen_matrices_are_in_the_precision_of_the_run(base: Path, tmp_pat
     assert seen[0].weight.dtype == seen[0].bias.dtype == torch.bfloat16
 
 
+def test_the_memory_of_the_weights_before_is_given_back(monkeypatch) -> None:
+    """Else a `pokemon` U-Net stood at 1.2 times its size in bfloat16."""
+    seen, unet = [], tiny_unet()
+    monkeypatch.setattr(low_rank, "give_memory_back", lambda: seen.append(unet.conv_in.weight.dtype))
+    low_rank.adapt(unet, UNetOptions(lora_rank=2), torch.bfloat16)
+    assert seen == [torch.bfloat16]
+
+
 @pytest.mark.parametrize("wanted", ["yes", "no"])
 def test_gradient_checkpointing_reaches_the_network(base: Path, tmp_path: Path, wanted: str, monkeypatch) -> None:
     seen = []

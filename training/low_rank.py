@@ -13,6 +13,7 @@ import lora
 from diffusion_model import UNet
 from published import write_lora
 from published.lora_files import FILE
+from sampling.packed import give_memory_back
 from stable_diffusion_model import StableDiffusion
 from training.presets import UNetOptions
 from training.script import UserError
@@ -46,6 +47,7 @@ def adapt(unet: UNet, options: UNetOptions, precision: torch.dtype) -> UNet:
         for module in unet.modules():
             for name, p in module.named_parameters(recurse=False) if isinstance(module, nn.Linear | nn.Conv2d) else ():
                 setattr(module, name, nn.Parameter(p.to(precision), requires_grad=False))
+        give_memory_back()  # what the float32 weights took
         layers = lora.targets(unet, options.lora_layers)
         lora.add(unet, layers, options.lora_rank, options.lora_alpha or options.lora_rank)
     return unet
