@@ -232,7 +232,7 @@ def in_a_process(case: Case, side: str) -> dict[str, float]:
     pages = {"THP_MEM_ALLOC_ENABLE": str(int(side in ("ours", "tuned")))}  # large ones, as `vae_model.py` asks for
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | pages)
     if ended.returncode:
-        raise RuntimeError(ended.stderr.strip().splitlines()[-1:] or f"exit status {ended.returncode}")
+        raise RuntimeError((ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1])
     return json.loads(ended.stdout.splitlines()[-1])
 
 
@@ -323,7 +323,10 @@ def main() -> None:
     for case in [] if options.table else cases:
         try:
             result = measure(case, options.rounds, options.apart) | machine(options.device.type)
-        except RuntimeError as error:  # with --apart: a turn that memory did not suffice for, above all
+        except RuntimeError as error:
+            if not options.apart:
+                raise
+            # A turn was ended, above all where memory did not suffice for it.
             print(f"{case.row}, {case.model}, {case.dtype}: left out ({error}).", file=sys.stderr)
             continue
         keep(RESULTS, [result], ("row", "model", "dtype", "device_name", "compile", "apart"))

@@ -228,6 +228,17 @@ def test_a_turn_that_ends_badly_leaves_out_its_case_alone(
     compare_diffusers.main()
     assert [result["row"] for result in measuring.kept(tmp_path / "results.json")] == ["train"]
     assert "unet, tiny, float32: left out (exit status -9)." in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [argument for argument in argv if argument != "--apart"])
+    monkeypatch.setattr(compare_diffusers, "time_in_turn", in_a_process)
+    with pytest.raises(RuntimeError, match="exit status -9"):  # in one process it may be anything, a mistake as well
+        compare_diffusers.main()
+
+
+def test_a_process_that_ends_badly_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback …\nMemoryError: too large\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(RuntimeError, match=r"^MemoryError: too large$"):
+        compare_diffusers.in_a_process(compare_diffusers.Case("unet", "tiny", "float32"), "ours")
 
 
 def test_processes_of_the_documented_side_have_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
