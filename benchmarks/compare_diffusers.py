@@ -11,7 +11,7 @@ in float32, too, its default; and diffusers tuned with what we do (memory layout
 `--compile`). A ratio is their time over ours in the same round: above 1, ours is faster. The table has the median over
 the rounds and, in brackets, the smallest and the largest. Memory is the peak of a process of its own (CPU), or of what
 PyTorch allocated (CUDA). In one process all sides have the large pages that importing this repository asks for; with
-`--apart` each turn is a process of its own, which warms up and is timed once, and the documented side has none. Such
+`--apart` each turn is a process of its own, which warms up before it is timed, and the documented side has none. Such
 results are kept beside those of one process. Results are added to compare_diffusers.json.
 """
 
@@ -186,12 +186,12 @@ def measure(case: Case, rounds: int, apart: bool = False) -> dict:
 
 
 def time_in_turn(case: Case, rounds: int) -> dict[str, list[float]]:
-    """Seconds by side, after two turns for warming up (with --compile, for compiling)."""
+    """Seconds by side, after all have warmed up (with --compile, compiled)."""
     torch._dynamo.reset()  # else what was compiled for earlier cases counts towards its limit, and it gives up silently
     sides = case.sides()
     works = {side: work_of(case, side) for side in sides}
     for side in sides:
-        works[side](), works[side]()
+        warm_up(works[side], case.device)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for order in orders(sides, rounds):
         for side in order:
@@ -212,7 +212,7 @@ def work_of(case: Case, side: str) -> Callable[[], object]:
 
 
 def peak_memory(case: Case, side: str) -> float | None:
-    """Peak of a side that does its work three times, in MB; on a CPU in a process of its own, None if that fails."""
+    """Peak of a side that warms up and does its work, in MB; on a CPU in a process of its own, None if that fails."""
     if case.device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -236,11 +236,17 @@ def in_a_process(case: Case, side: str) -> dict[str, float]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
+def warm_up(work: Callable[[], object], device: str) -> float:
+    """Does it twice, or once where that takes half a minute and more; returns the seconds of the last time."""
+    once = seconds(work, device)
+    return once if once > 30 else seconds(work, device)
+
+
 def alone(side: str, case: Case) -> dict[str, float]:
-    """A side does its work three times: its peak memory in MB, and the seconds of the third time."""
+    """A side warms up and does its work: peak memory in MB, and seconds, the median of all turns in a second."""
     work = work_of(case, side)
-    work(), work()
-    result = {"seconds": seconds(work, case.device)}
+    turns = 1 + int(1 / max(warm_up(work, case.device), 0.05))
+    result = {"seconds": statistics.median(seconds(work, case.device) for _ in range(turns))}
     if case.device == "cuda":
         return result | {"memory_mb": torch.cuda.max_memory_allocated() / 1e6}
     # Not `resource.getrusage`: a child begins with its parent's peak there.
