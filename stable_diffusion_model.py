@@ -109,7 +109,7 @@ class StableDiffusion:
         stays in float32 beside float16, in which published ones overflow). ValueError or FileNotFoundError, in one
         sentence, for what is not such a model.
         """
-        return cls(*load_model(folder_or_hub_id)).to(choose_device(device), dtype or torch.float32)
+        return cls(*load_model(folder_or_hub_id, dtype := dtype or torch.float32)).to(choose_device(device), dtype)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
         """Writes the standard folder, which `diffusers.StableDiffusionPipeline.from_pretrained` opens as well.

@@ -334,9 +334,10 @@ class Run:
         """Validation and checkpoint, each when it is due."""
         score = math.inf
         if self.reporter.due("validation"):
-            scores = self.validate()
-            self.reporter.log(**scores, logit_scale=self.ema.module.logit_scale.exp().item())
-            score = -scores[SCORES[0]]
+            with self.reporter.interruptible("validation"):
+                scores = self.validate()
+                self.reporter.log(**scores, logit_scale=self.ema.module.logit_scale.exp().item())
+                score = -scores[SCORES[0]]
         if self.reporter.due("checkpoint"):
             self.save(is_best=self.reporter.is_best(score))
 
@@ -344,6 +345,7 @@ class Run:
         """Mean R@1 over the sources; each one's go to the screen and scores.json."""
         step, rows = self.reporter.step, {}
         for source, pairs in self.sets.held_out.items():
+            self.reporter.check_stop()
             rows[source] = dict(zip(SCORES, retrieval(self.ema.module, self.tokenizer, *pairs), strict=True))
             self.reporter.say(
                 f"step {step}: {source}: R@1 among {len(pairs[1])}: image → caption {rows[source][SCORES[0]]:.0%}, "

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 import monsters
 from diffusion_model import UNet, UNetConfig
 from evaluation.obedience import judge_monsters
-from evaluation.timestep_loss import BINS, by_tenths, spread
+from evaluation.timestep_loss import BINS, VALIDATED_AT_ONCE, by_tenths, spread
 from images import image_sheet, save_png
 from noise_schedule import NoiseSchedule
 from pokemon_dataset import load_captioned_images
@@ -45,7 +45,6 @@ from published import load_text_encoder, load_vae
 from stable_diffusion_model import StableDiffusion, choose_device
 from training import low_rank
 from training.captioned_latents import CaptionedLatents, prepare, split_images
-from training.encoded_cache import fingerprint
 from training.memory_forecast import forecast_run
 from training.optimizers import make_optimizer
 from training.reporter import Reporter
@@ -188,13 +187,13 @@ def validation_losses(
 ) -> list[float]:
     """Unweighted losses on held-out images at fixed noise, in the order of their timesteps, which are evenly spread.
 
-    Chunks of 8 go to processes in turn, and are put in one order, so that nothing depends on how many there are.
+    Chunks of them go to processes in turn, and are put in one order, so that nothing depends on how many there are.
     Between them a stop is looked for, which all processes heed together (`PostponedError`).
     """
     device, processes = held_out.device, reporter.processes
     which, timesteps = spread(len(held_out), model.schedule.num_timesteps, device)
     losses: dict[int, list[float]] = {}
-    chunks = list(zip(held_out[which].split(8), timesteps.split(8), strict=True))
+    chunks = list(zip(held_out[which].split(VALIDATED_AT_ONCE), timesteps.split(VALIDATED_AT_ONCE), strict=True))
     for first in range(0, len(chunks), processes.count):
         reporter.check_stop(together=True)
         if (k := first + processes.rank) >= len(chunks):
@@ -230,7 +229,8 @@ class Run:
         state = load_common_checkpoint(Path(options.output_dir), processes) if options.resume else None
         source = (options.dataset, options.split, options.revision, options.caption_column, options.caption)
         images = load_captioned_images(*source, drawn_size=options.resolution)
-        self.model = model = build_model(options)
+        built = low_rank.build_model(options, self.precision) if options.lora_rank else (build_model(options), "")
+        self.model, self.base = model, _ = built  # `base`: a digest of what a LoRA belongs to
         networks = (model.vae, model.text_encoder)
         how = (self.precision, options.on_bad_image, options.mirror)
         self.data = prepare(images, *networks, options.resolution, processes, *how)
@@ -238,8 +238,7 @@ class Run:
         for frozen in (model.vae, model.text_encoder.model):
             frozen.to("cpu")  # idle until the next preview
         model.schedule.to(device)
-        self.base = fingerprint(model.unet) if options.lora_rank else ""  # what a LoRA belongs to
-        self.unet = low_rank.adapt(model.unet, options, self.precision).laid_out(device).train()
+        self.unet = model.unet.laid_out(device).train()
         self.trained = {name for name, p in self.unet.named_parameters() if p.requires_grad}
         self.unet.gradient_checkpointing = options.gradient_checkpointing
         average_on = "cpu" if options.ema_on_cpu else device
@@ -324,8 +323,7 @@ class Run:
     def preview(self) -> None:
         """A sheet of samples of fixed prompts, samples/step_*.png, and once more as samples/latest.png."""
         options, folder, step = self.options, self.folder, self.reporter.step
-        captions = self.data.captions[1:] or [""]
-        prompts = options.preview_prompts or captions[:: math.ceil(len(captions) / 8)]
+        prompts = self.data.prompts(options.preview_prompts)
         try:
             images = self.sample(prompts, callback=lambda *_: self.reporter.check_stop())
         except (torch.OutOfMemoryError, FloatingPointError) as error:  # a failed preview must not end the run
@@ -373,11 +371,12 @@ class Run:
 
     def summary(self) -> str:
         """What is about to happen: the network, the data, the memory it will take."""
+        data = self.data, VALIDATED_AT_ONCE * bool(len(self.held_out))
+        memory = forecast_run(self.options, self.unet, self.model, *data, self.processes, self.precision)
         return (
             f"U-Net of {sum(p.numel() for p in self.unet.parameters()) / 1e6:.1f} M parameters; {len(self.chosen)} "
             f"images to train on, {len(self.held_out)} held out; {self.processes.count} × {self.device.type}, "
-            f"{str(self.precision).removeprefix('torch.')}; results in {self.options.output_dir}\n"
-            + str(forecast_run(self.options, self.unet, self.model, self.data.nbytes, self.processes, self.precision))
+            f"{str(self.precision).removeprefix('torch.')}; results in {self.options.output_dir}\n{memory}"
         )
 
     def finish(self) -> None:

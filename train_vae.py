@@ -302,19 +302,20 @@ class Run:
         """Validation and checkpoint, each when it is due."""
         score = math.inf
         if self.reporter.due("validation"):
-            scores = self.validate()
-            self.reporter.log(**scores)
-            score = -scores["psnr"]
+            with self.reporter.interruptible("validation"):
+                scores = self.validate()
+                self.reporter.log(**scores)
+                score = -scores["psnr"]
         if self.reporter.due("checkpoint"):
             self.save(is_best=self.reporter.is_best(score))
 
     def validate(self) -> dict[str, float]:
         """Mean PSNR and SSIM over the sources; each one's go to the screen and scores.json, with a sheet of images."""
         step, held_out = self.reporter.step, self.sets.held_out
-        scores = {
-            source: dict(zip(("psnr", "ssim"), measure(self.ema, images), strict=True))
-            for source, images in held_out.items()
-        }
+        scores = {}
+        for source, images in held_out.items():
+            self.reporter.check_stop()
+            scores[source] = dict(zip(("psnr", "ssim"), measure(self.ema, images), strict=True))
         for source, score in scores.items():
             self.reporter.say(f"step {step}: {source}: held-out PSNR {score['psnr']:.2f} dB, SSIM {score['ssim']:.4f}")
         self.folder.write_text("scores.json", json.dumps({"step": step, "held_out": scores}, indent=2) + "\n")

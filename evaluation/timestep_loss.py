@@ -19,6 +19,7 @@ from evaluation.statistics import BOOTSTRAPS, bootstrap_interval
 from stable_diffusion_model import StableDiffusion
 
 BINS = 10
+VALIDATED_AT_ONCE = 8  # images; with another number, the fixed noise of a validation would be other noise
 AT_LEAST = 64  # predictions in all, and four of each image, rounded up to as many in each tenth
 
 

@@ -288,9 +288,16 @@ NOT_WEIGHTS = ("position_ids",)  # 0, 1, 2 …: stored in old text encoders, mad
 
 
 def load_strict(
-    module: nn.Module, tensors: dict[str, Tensor], source: str | Path, ignore: tuple[str, ...] = ()
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str | Path,
+    ignore: tuple[str, ...] = (),
+    dtype: torch.dtype | None = torch.float32,
 ) -> None:
     """Copy `tensors` into `module`, each cast to its parameter's dtype; all of them fit, or none is copied.
+
+    A module on the device "meta", which has no numbers yet, gets copies in `dtype`; with None the tensors themselves,
+    as they lie in the file: they take no memory of their own, but the file must stay as it is while they are used.
 
     `source` is the file or folder they come from and opens the error; names that start with one of `ignore` are left
     out. Old names (`OLD_NAMES`) and 1×1 convolutions where a linear layer is meant are understood. Raises ValueError,
@@ -321,7 +328,11 @@ def load_strict(
             raise ValueError(f"{source} holds {name!r} as {tensor.dtype}: pass weights that are not quantised.")
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise ValueError(f"{source} holds NaN or infinity in {name!r}: it is damaged, download it again.")
-    module.load_state_dict(fitting, strict=True)  # copies, and casts to each parameter's own dtype and device
+    if any(tensor.is_meta for tensor in expected.values()):
+        own = fitting if dtype is None else {name: tensor.to(dtype, copy=True) for name, tensor in fitting.items()}
+        module.load_state_dict(own, assign=True)
+    else:
+        module.load_state_dict(fitting)  # copies, and casts to each parameter's own dtype and device
 
 
 def _names_over_the_years(name: str) -> Iterable[str]:

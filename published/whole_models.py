@@ -10,12 +10,12 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffusion_model import UNet
+from diffusion_model import UNet, UNetConfig
 from noise_schedule import NoiseSchedule
 from published.diffusers_layout import noise_schedule, schedule_dict, unet_config, unet_dict, vae_config, vae_dict
 from published.ldm_checkpoint import LDMCheckpoint, read_ldm, read_ldm_vae, write_ldm
@@ -39,6 +39,7 @@ TEXT_STEM = "model"  # … and of a text encoder
 NOT_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # the other parts of a whole CLIP
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the hub model whose vocabulary SD 1.x and 2.x read
 CLIP_VOCABULARY = 49_408  # how many tokens it has
+Network = TypeVar("Network", UNet, VAE)
 
 
 class ModelParts(NamedTuple):
@@ -52,16 +53,17 @@ class ModelParts(NamedTuple):
     name: str
 
 
-def load_model(path_or_hub_id: str | os.PathLike) -> ModelParts:
-    """Read the standard folder, a hub id of SD 1.x or 2.x, or a single file in the LDM layout; in float32, on the CPU.
+def load_model(path_or_hub_id: str | os.PathLike, dtype: torch.dtype | None = torch.float32) -> ModelParts:
+    """Read the standard folder, a hub id of SD 1.x or 2.x, or a single file in the LDM layout; on the CPU.
 
-    ValueError or FileNotFoundError, in one sentence, for what is not such a model.
+    The U-Net, by far the largest, in `dtype`, or with None as it lies in the file (see `load_strict`); VAE and text
+    encoder in float32. ValueError or FileNotFoundError, in one sentence, for what is not such a model.
     """
     path = locate(path_or_hub_id, "the model")
     if path.is_file():
-        return load_single_file(path)
+        return load_single_file(path, dtype=dtype)
     given = Path(path_or_hub_id)  # a run keeps its model in RUN/model
-    return load_folder(path, name=given.parent.name if given.name == "model" else given.name)
+    return load_folder(path, given.parent.name if given.name == "model" else given.name, dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,17 +71,23 @@ def load_model(path_or_hub_id: str | os.PathLike) -> ModelParts:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_folder(folder: Path, name: str) -> ModelParts:
+def load_folder(folder: Path, name: str, dtype: torch.dtype | None = torch.float32) -> ModelParts:
     """Read `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`."""
     kind = read_json(folder / "model_index.json").get("_class_name", "StableDiffusionPipeline")
     if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
         raise ValueError(f"{folder}: a {kind} is not supported, only Stable Diffusion 1.x and 2.x.")
-    unet = UNet(unet_config(read_json(folder / "unet" / "config.json")))
-    load_strict(unet, read_folder_weights(folder / "unet", STEM), folder / "unet")
+    unet = _without_numbers(UNet, unet_config(read_json(folder / "unet" / "config.json")))
+    load_strict(unet, read_folder_weights(folder / "unet", STEM), folder / "unet", dtype=dtype)
     text_encoder = TextEncoder(load_tokenizer(folder / "tokenizer"), load_text_model(folder / "text_encoder"))
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     vae = _load_vae_folder(folder / "vae")
     return ModelParts(text_encoder, unet.eval(), vae, noise_schedule(scheduler_config), scheduler_config, name)
+
+
+def _without_numbers(kind: type[Network], config: UNetConfig | VAEConfig) -> Network:
+    """For `load_strict`, which brings them: random ones would take seconds, and memory."""
+    with torch.device("meta"):
+        return kind(config)
 
 
 def save_folder(folder: Path, parts: ModelParts, dtype: torch.dtype) -> None:
@@ -118,8 +126,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_single_file(path: Path, prediction_type: str | None = None) -> ModelParts:
-    """Read a `.safetensors` or `.ckpt` in the LDM layout; `prediction_type`: see `read_ldm`.
+def load_single_file(
+    path: Path, prediction_type: str | None = None, dtype: torch.dtype | None = torch.float32
+) -> ModelParts:
+    """Read a `.safetensors` or `.ckpt` in the LDM layout; `prediction_type`: see `read_ldm`, `dtype`: `load_model`.
 
     The tokenizer is the file's own if it has one, else that of a folder `tokenizer` beside it, else the hub's.
     """
@@ -127,8 +137,8 @@ def load_single_file(path: Path, prediction_type: str | None = None) -> ModelPar
     for part in ("unet", "vae", "text_encoder"):
         if getattr(file, part) is None:
             raise ValueError(f"{path} holds no {part}; pass a checkpoint with all of U-Net, VAE and text encoder.")
-    unet, vae = UNet(file.unet_config), VAE(file.vae_config)
-    load_strict(unet, file.unet, path)
+    unet, vae = _without_numbers(UNet, file.unet_config), _without_numbers(VAE, file.vae_config)
+    load_strict(unet, file.unet, path, dtype=dtype)
     load_strict(vae, file.vae, path)
     text_model = make_text_model(file.text_config, file.text_encoder, path)
 
@@ -213,13 +223,13 @@ def load_vae(path_or_hub_id: str | os.PathLike, what: str = "the VAE") -> VAE:
             raise ValueError(f"{path} is damaged or was not written by VAE.save ({error}).") from error
     else:
         config, tensors = read_ldm_vae(path)
-    vae = VAE(config)
+    vae = _without_numbers(VAE, config)
     load_strict(vae, tensors, path)
     return vae.eval()
 
 
 def _load_vae_folder(folder: Path) -> VAE:
-    vae = VAE(vae_config(read_json(folder / "config.json")))
+    vae = _without_numbers(VAE, vae_config(read_json(folder / "config.json")))
     load_strict(vae, read_folder_weights(folder, STEM), folder)
     return vae.eval()
 

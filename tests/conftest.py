@@ -1,9 +1,11 @@
 """What every test shares: the repository on the path, no network, no W&B, and the real images if they are there."""
 
+import copy
+import functools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +33,24 @@ def _own_signal_handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+rehearsals: dict[str, int | dict[str, int]] = {}
+
+
+@pytest.fixture(autouse=True)
+def _rehearsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory a run of the same sizes takes need not be foretold anew for every test."""
+
+    def once(rehearse: Callable, *how: object) -> int | dict[str, int]:
+        key = f"{rehearse} {how}"
+        if key not in rehearsals:
+            rehearsals[key] = rehearse(*how)
+        return copy.copy(rehearsals[key])
+
+    if forecast := sys.modules.get("training.memory_forecast"):
+        for name in ("rehearse_step", "rehearse_rest"):
+            monkeypatch.setattr(forecast, name, functools.partial(once, getattr(forecast, name)))
 
 
 @pytest.fixture(scope="session")

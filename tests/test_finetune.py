@@ -1,9 +1,11 @@
 """Fine-tuning: from published layouts through the preset to a folder that diffusers opens; and its memory, foretold."""
 
+import dataclasses
 import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -25,9 +27,14 @@ from tests.test_interchange import (
     theirs,
     weights,
 )
+from tests.tiny import tiny_model
 from training import memory_forecast
-from training.memory_forecast import Forecast, Meter, forecast, rehearse_step
+from training.captioned_latents import CaptionedLatents
+from training.memory_forecast import Forecast, Meter, bytes_of, forecast, rehearse_rest, rehearse_step
+from training.presets import UNetOptions
+from training.reproducible import Processes
 from training.run_folder import load_checkpoint
+from vae_model import VAE, VAEConfig
 
 ZERO_SNR = SD2_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -48,17 +55,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(memory_forecast, "rehearse_step", _rehearsed)
-
-
-rehearsals: dict[str, int] = {}
-
-
-def _rehearsed(*step) -> int:
-    """The same rehearsal need not be held for every run below."""
-    if repr(step) not in rehearsals:
-        rehearsals[repr(step)] = rehearse_step(*step)
-    return rehearsals[repr(step)]
 
 
 def finetune(pretrained: Path | str, output: Path, *more: str) -> Path:
@@ -163,13 +159,22 @@ SMALL = UNetConfig(block_out_channels=(64, 128), layers_per_block=1, attention_l
 
 
 def allocated(unet: UNet, n: int, side: int, accumulates: bool, precision: torch.dtype) -> int:
-    """Most bytes that a real step allocates, by PyTorch's own account of every allocation."""
+    """Most bytes that a real step allocates."""
     x, t, context = torch.randn(n, 4, side, side), torch.zeros(n), torch.randn(n, 77, 32)
-    with torch.profiler.profile(profile_memory=True) as profile:
+
+    def step() -> None:
         for _ in range(2 if accumulates else 1):
             with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32, cache_enabled=False):
                 loss = unet(x, t, context).float().square().mean()
             loss.backward()
+
+    return allocated_by(step)
+
+
+def allocated_by(work: Callable[[], object]) -> int:
+    """Most bytes at one moment, by PyTorch's own account of every allocation."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     now = peak = 0
     for event in events:
@@ -191,6 +196,70 @@ def test_the_rehearsal_takes_what_the_step_will_take(precision, checkpointing, a
     unet.gradient_checkpointing = checkpointing
     real = allocated(unet, 4, 32, accumulates, precision)
     assert rehearse_step(SMALL, (4, 32, 32), 77, accumulates, precision, checkpointing) == pytest.approx(real, rel=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ["encoding", "validation", "preview"])
+def test_the_rehearsal_of_the_rest_takes_what_that_takes(what, precision):
+    if precision == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU emulates bfloat16, which takes room of its own; --precision auto is float32 here")
+    vae_config = VAEConfig(block_out_channels=(32, 64), norm_num_groups=8)
+    unet, vae = UNet(SMALL).requires_grad_(False), VAE(vae_config).to(memory_format=torch.channels_last)
+
+    def preview() -> None:
+        unet(torch.randn(2, 4, 32, 32), torch.zeros(2), torch.randn(2, 77, 32))
+        vae.decode(torch.randn(1, 4, 32, 32))
+
+    works = {
+        "encoding": lambda: vae.encode(torch.randn(3, 3, 64, 64)),
+        "validation": lambda: unet(torch.randn(5, 4, 32, 32), torch.zeros(5), torch.randn(5, 77, 32)),
+        "preview": preview,
+    }
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        works[what]()  # what kernels set up once
+        real = allocated_by(works[what])
+    rehearsed = rehearse_rest(SMALL, vae_config, (5, 32, 32), 77, precision, 3, 1)
+    assert rehearsed[what] == pytest.approx(real, rel=0.15)
+    assert rehearse_rest(SMALL, vae_config, (0, 32, 32), 77, precision, 3, 0).keys() == {"encoding"}
+
+
+def test_the_worst_moment_is_foretold_whichever_it_is():
+    unet, cpu = UNet(SMALL), torch.device("cpu")
+    trained = bytes_of(unet)
+
+    def activations(**rest: int) -> int:
+        how = {"averaged": True, "rest": lambda: rest}
+        return forecast(unet, [], (1, 8, 8), 77, 0, cpu, torch.float32, **how).parts["activations"]
+
+    of_a_step = activations()
+    assert activations(preview=trained + of_a_step // 2, validation=trained) == of_a_step
+    assert activations(preview=trained + 2 * of_a_step) == 2 * of_a_step
+    assert activations(encoding=trained + 2 * of_a_step) == of_a_step  # before there are moments and average
+    assert activations(encoding=4 * trained + 2 * of_a_step) == 2 * of_a_step
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_run_does_beside_training_is_foretold_for_its_device(device, monkeypatch):
+    """On a GPU the VAE comes for previews, and encodes before the U-Net is there."""
+    plans, asked = [], []
+    peaks = {"encoding": 1000, "validation": 2000, "preview": 3000}
+    monkeypatch.setattr(memory_forecast, "rehearse_rest", lambda *how: asked.append(how) or dict(peaks))
+    monkeypatch.setattr(memory_forecast, "forecast", lambda *_, **how: plans.append(how["rest"]()))
+    model = tiny_model()
+    options = UNetOptions(resolution=512, preview_every=5, validate_every=5)
+    processes = Processes(0, 1, torch.device(device))
+    data = CaptionedLatents(torch.zeros(3), torch.zeros(5), torch.zeros(3), ["", "a", "b"])
+    for more, validated in ({}, 8), ({"preview_every": 0, "validate_every": 0}, 8), ({}, 0):
+        run = (dataclasses.replace(options, **more), model.unet, model, data)
+        memory_forecast.forecast_run(*run, validated, processes, torch.bfloat16)
+    vae = 0 if device == "cpu" else bytes_of(model.vae)
+    unet = 0 if device == "cpu" else bytes_of(model.unet)
+    assert plans[0] == {"encoding": 1000 + vae - unet, "validation": 2000, "preview": 3000 + vae}
+    side = 512 // model.vae.config.downsampling
+    assert [how[2] for how in asked] == [(8, side, side), (0, side, side), (0, side, side)]
+    encodes, previews = (1, 1) if device == "cpu" else (4, 2)
+    assert [how[5:7] for how in asked] == [(encodes, previews), (encodes, 0), (encodes, previews)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -30,8 +30,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from diffusion_model import UNet
 from noise_schedule import NoiseSchedule
-from published import load_text_encoder, load_vae
-from published.weight_files import read_json
+from published import load_model, load_text_encoder, load_vae
+from published.weight_files import read_folder_weights, read_json
 from samplers import timestep_grid
 from stable_diffusion_model import StableDiffusion
 from tests.tiny import tiny_unet, tiny_vae
@@ -274,6 +274,33 @@ def test_what_a_folder_need_not_hold(folder):
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "README.md").write_text("hello")
     StableDiffusion.from_pretrained(folder, device="cpu")
+
+
+def test_a_model_is_read_in_the_type_that_it_is_to_have(folder, tmp_path):
+    """As if it were read in float32 and cast, which takes three times the memory."""
+    whole = StableDiffusion.from_pretrained(folder, "cpu")
+    whole.export(tmp_path / "model.safetensors")
+    whole.to("cpu", torch.bfloat16)
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    for source in (folder, tmp_path / "model.safetensors"):
+        assert {p.dtype for p in load_model(source, torch.bfloat16).unet.parameters()} == {torch.bfloat16}
+        assert_equal(weights(StableDiffusion.from_pretrained(source, "cpu", torch.bfloat16)), weights(whole))
+
+
+def test_a_model_is_read_as_it_lies_in_the_file(folder, tmp_path, monkeypatch):
+    """For those that make copies of their own: here there are none yet."""
+    read = []
+    monkeypatch.setattr(
+        "published.whole_models.read_folder_weights", lambda *at: read.append(read_folder_weights(*at)) or read[-1]
+    )
+    StableDiffusion.from_pretrained(folder, "cpu").save_pretrained(tmp_path, torch.float16)
+    read.clear()
+    for dtype in (None, torch.float16):
+        state = load_model(tmp_path, dtype).unet.state_dict()
+        in_file = next(tensors for tensors in read if tensors.keys() == state.keys())
+        assert {p.dtype for p in state.values()} == {torch.float16}
+        assert all((state[name].data_ptr() == t.data_ptr()) == (dtype is None) for name, t in in_file.items())
+        read.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

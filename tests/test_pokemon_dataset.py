@@ -37,7 +37,7 @@ from training.image_files import decode
 from training.presets import DEFAULT_DATASET
 from training.reproducible import Processes
 from training.script import UserError
-from vae_model import VAE
+from vae_model import VAE, VAEConfig
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
@@ -489,6 +489,32 @@ def test_bits_depend_neither_on_neighbours_nor_on_threads(
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(together, one_by_one, strict=True)) and inside == {1}
+
+
+def test_no_more_is_encoded_beside_each_other_than_memory_has_room_for(
+    tmp_path: Path, models: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, threads, in_order, given_back = [], torch.get_num_threads(), encoded_cache.in_order, []
+    vae = VAE(VAEConfig(block_out_channels=(8,), norm_num_groups=8))
+    each = 5 * 4 * 512**2 * 8
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    for memory, processes, wanted in (
+        (None, 1, 6),
+        (100 * each, 1, 6),
+        (20 * each, 1, 5),
+        (20 * each, 2, 2),
+        (1, 1, 1),
+    ):
+        monkeypatch.setattr(captioned_latents, "memory_of", lambda _, memory=memory: memory)
+        on_cpu = dataclasses.replace(ALONE, local_count=processes)
+        assert captioned_latents.batches_at_once(vae, 512, on_cpu) == wanted
+    assert captioned_latents.batches_at_once(vae, 512, dataclasses.replace(ALONE, device=torch.device("cuda"))) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(captioned_latents, "batches_at_once", lambda *_: 7)
+    monkeypatch.setattr(captioned_latents, "give_memory_back", lambda: given_back.append(True))
+    monkeypatch.setattr(encoded_cache, "in_order", lambda *how: asked.append(how[2]) or in_order(*how))
+    prepare(load_captioned_images(str(many_images(tmp_path / "many", 3))), *models, R, ALONE)
+    assert asked == [threads, 7] and given_back == [True]
 
 
 def test_every_batch_has_the_same_shape(tmp_path: Path, models: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,14 @@ def test_on_a_stop_only_the_checkpoint_is_due_and_the_rest_is_left_to_the_resume
     assert rows(folder) == ["4,1.5,1.5,0.1,,", "8,5.5,5.5,0.1,,", "10,8.5,8.5,0.1,,"]  # as if it had not stopped
 
 
+def test_memory_is_given_back_around_what_is_long(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("training.reporter.give_memory_back", lambda: seen.append("given back"))
+    with reporter(folder).interruptible("validation"):
+        seen.append("validation")
+    assert seen == ["given back", "validation", "given back"]
+
+
 def test_a_checkpoint_comes_again_if_the_validation_that_is_left_may_make_it_the_best(folder: RunFolder) -> None:
     options = {"max_steps": 10, "log_every": 4, "wandb": "off"}
     first = Reporter(UNetOptions(**options), folder, ALONE, {"validation": 3, "preview": 0, "checkpoint": 3})

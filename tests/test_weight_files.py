@@ -240,6 +240,21 @@ def test_weights_are_cast_to_the_modules_type_by_copy():
     assert (module.bias == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_a_module_without_numbers_gets_copies_or_what_is_in_the_file(dtype):
+    with torch.device("meta"):
+        module = nn.Linear(3, 2)
+    tensors = {"weight": torch.randn(2, 3).half(), "bias": torch.ones(2)}
+    with pytest.raises(ValueError, match="NaN"):
+        load_strict(module, tensors | {"bias": torch.full((2,), torch.nan)}, "file", dtype=dtype)
+    load_strict(module, tensors, "file", dtype=dtype)
+    for name, tensor in tensors.items():
+        own = getattr(module, name)
+        assert isinstance(own, nn.Parameter) and own.requires_grad
+        assert torch.equal(own, tensor.to(dtype or tensor.dtype)) and own.dtype == (dtype or tensor.dtype)
+        assert (own.data_ptr() == tensor.data_ptr()) == (dtype is None)
+
+
 def test_what_does_not_fit_is_refused_whole():
     good = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
     cases = {

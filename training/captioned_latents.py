@@ -8,6 +8,7 @@ Letters: N images in the batch, R resolution, h = w = R/8, L text tokens, D widt
 """
 
 import math
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from images import TRANSFORM_VERSION
+from sampling.packed import give_memory_back
 from text_encoder import TextEncoder
 from training.encoded_cache import (
     EncodedCache,
@@ -68,6 +70,11 @@ class CaptionedLatents:
         """What it takes of the device's memory; the rest stays in memory-mapped files."""
         return self.moments.nbytes + self.contexts.nbytes
 
+    def prompts(self, chosen: list[str] | None) -> list[str]:
+        """What previews show: the chosen prompts, or eight captions at most."""
+        captions = self.captions[1:] or [""]
+        return chosen or captions[:: math.ceil(len(captions) / 8)]
+
     def gather(self, indices: Tensor, mirrored: Tensor, drop_caption: Tensor) -> tuple[Tensor, Tensor]:
         """Moments (N, 8, h, w) and contexts (N, L, D) of the chosen images; all three arguments are (N,) tensors."""
         moments = self.moments[indices, mirrored.long()]  # (N, 8, h, w)
@@ -115,6 +122,7 @@ def prepare(
     captions = ["", *sorted(set(texts) - {""})]
     contexts = _encode_captions(captions, text_encoder, processes)
     _encode_images(images, keys, moments, vae, resolution, precision, mirror, processes)
+    give_memory_back()
 
     device = processes.device
     budget = memory_for_data(device)
@@ -125,6 +133,37 @@ def prepare(
     encoders = made_by["vae"] + contexts.description
     digest = sha256(b"".join(keys) + "\n".join([encoders, *texts]).encode()).hex()
     return CaptionedLatents(image_rows, caption_rows, caption_of, captions, digest)
+
+
+def images_at_once(resolution: int, device: torch.device) -> int:
+    """How many images the VAE encodes in one batch."""
+    pixels = PIXELS_AT_ONCE.get(device.type, PIXELS_AT_ONCE["cuda"])
+    return min(max(pixels // resolution**2, 1), 64)
+
+
+def batches_at_once(vae: VAE, resolution: int, processes: Processes) -> int:
+    """How many batches are encoded beside each other: on a CPU one by each thread, if a quarter of its memory suffices.
+
+    The encoder has about five feature maps at once that are as large as the images: 0.7 GB at 512, as SD's VAE is.
+    """
+    if processes.device.type != "cpu":
+        return 1
+    threads, memory = torch.get_num_threads(), memory_of(processes.device)
+    pixels = images_at_once(resolution, processes.device) * resolution**2
+    bytes_each = 5 * 4 * pixels * vae.config.block_out_channels[0] * processes.local_count
+    return threads if memory is None else max(min(threads, memory // 4 // bytes_each), 1)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that the device has in all; None if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
 
 
 def memory_for_data(device: torch.device) -> int:
@@ -178,8 +217,7 @@ def _encode_images(
     device = processes.device
     index_of = {key: i for i, key in reversed(list(enumerate(keys)))}
     distinct = list(index_of)
-    at_once = PIXELS_AT_ONCE.get(device.type, PIXELS_AT_ONCE["cuda"])
-    batch_size = min(max(at_once // resolution**2, 1), 64)
+    batch_size = images_at_once(resolution, device)
     vae.encoder.to(memory_format=torch.channels_last)
 
     def load(batch: list[int]) -> Tensor:
@@ -205,7 +243,8 @@ def _encode_images(
             return torch.stack([vae.encode(x).moments.float() for x in views], dim=1)  # (N, 2 or 1, 8, h, w)
 
     what = f"encoding images at {resolution}×{resolution}"
-    encode_missing(cache, distinct, load, encode, vae, batch_size, processes, what)
+    workers = batches_at_once(vae, resolution, processes)
+    encode_missing(cache, distinct, load, encode, vae, batch_size, processes, what, workers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 import lora
 from diffusion_model import UNet
-from published import write_lora
+from published import load_model, write_lora
 from published.lora_files import FILE
 from sampling.packed import give_memory_back
 from stable_diffusion_model import StableDiffusion
-from training.presets import UNetOptions
-from training.script import UserError
+from training.encoded_cache import fingerprint
+from training.presets import UNetOptions, check_objective, what_to_do
+from training.script import UserError, user_errors
 
 
 def check(options: UNetOptions) -> None:
@@ -40,14 +41,27 @@ def check(options: UNetOptions) -> None:
         raise UserError("--ema_on_cpu: the average of a LoRA is small; leave the option out, or --lora_rank.")
 
 
+def build_model(options: UNetOptions, precision: torch.dtype) -> tuple[StableDiffusion, str]:
+    """The pretrained model with low-rank changes in its U-Net, and a digest of its weights, by which it is known again.
+
+    The weights as they lie in the file are read one after the other, so that they never take memory in float32.
+    """
+    with user_errors(hint=what_to_do(options)):
+        parts = load_model(options.pretrained, dtype=None)
+        check_objective(options, parts.schedule)
+        digest = fingerprint(parts.unet, dtype=torch.float32)
+        adapt(parts.unet, options, precision)
+        return StableDiffusion(*parts._replace(name=Path(options.output_dir).name)), digest
+
+
 def adapt(unet: UNet, options: UNetOptions, precision: torch.dtype) -> UNet:
     """Freezes the U-Net and gives it the low-rank changes that the options ask for, if they do."""
     if options.lora_rank:
-        unet.requires_grad_(False)
         for module in unet.modules():
-            for name, p in module.named_parameters(recurse=False) if isinstance(module, nn.Linear | nn.Conv2d) else ():
-                setattr(module, name, nn.Parameter(p.to(precision), requires_grad=False))
-        give_memory_back()  # what the float32 weights took
+            dtype = precision if isinstance(module, nn.Linear | nn.Conv2d) else torch.float32
+            for name, p in module.named_parameters(recurse=False):  # copies, since they may lie in a file
+                setattr(module, name, nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False))
+        give_memory_back()  # what other weights took
         layers = lora.targets(unet, options.lora_layers)
         lora.add(unet, layers, options.lora_rank, options.lora_alpha or options.lora_rank)
     return unet

@@ -1,14 +1,14 @@
-"""Estimates, before training starts, how much memory it will take: what stays, and a rehearsal of one step.
+"""Estimates, before training starts, how much memory it will take: what stays, and a rehearsal of what comes and goes.
 
 What stays (weights, the optimizer's two moments, the average, the latents) is counted. What comes and goes (gradients,
 activations, autocast's copies in low precision) overlaps in ways no formula gets right, with gradient checkpointing
-least of all. So the real U-Net takes a real step on fake tensors, which have shapes and lifetimes but no numbers, and a
-meter adds up those that are alive. That takes a second or two, and no memory.
+least of all. So the real networks take a real step on fake tensors, which have shapes and lifetimes but no numbers, and
+a meter adds up those that are alive; then they encode an image, validate, and decode a preview, which may need more
+than a step of a LoRA. That takes a second or two, and no memory.
 
 Numbers are bytes; texts say GB (10⁹ bytes).
 """
 
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_leaves
 from diffusion_model import UNet, UNetConfig
 from stable_diffusion_model import StableDiffusion
 from training import low_rank
+from training.captioned_latents import CaptionedLatents, batches_at_once, images_at_once, memory_of
 from training.presets import UNetOptions
 from training.reproducible import Processes
+from vae_model import VAE, VAEConfig
 
 # What PyTorch itself takes: Python and the libraries' own memory on a CPU, a context and workspaces on a GPU.
 RUNTIME = {"cpu": 1_000_000_000, "cuda": 600_000_000, "mps": 600_000_000}
@@ -92,21 +94,49 @@ def rehearse_step(
         return meter.peak
 
 
+def rehearse_rest(
+    config: UNetConfig,
+    vae_config: VAEConfig,
+    latents: tuple[int, int, int],
+    length: int,
+    precision: torch.dtype,
+    encodes: int,
+    previews: int,
+    device_type: str = "cpu",
+    adapt: Callable[[UNet], UNet] = as_it_is,
+) -> dict[str, int]:
+    """Most bytes that come and go together beside training: in "encoding", "validation", and a "preview".
+
+    `latents`: (images that are validated at a time, h, w); `encodes` and `previews`: images that are encoded, or go
+    through the U-Net for a preview, at a time. What is not done (0) is not in the result.
+    """
+    n, h, w = latents
+    with FakeTensorMode(), torch.device(device_type), torch.no_grad():
+        unet, vae = adapt(UNet(config)).requires_grad_(False), VAE(vae_config)
+        pixels = (encodes, vae_config.in_channels, vae_config.downsampling * h, vae_config.downsampling * w)
+
+        def denoise(images: int) -> None:
+            context = torch.empty(images, length, config.context_dim)
+            unet(torch.empty(images, config.in_channels, h, w), torch.zeros(images), context)
+
+        def preview() -> None:
+            denoise(2 * previews)  # guidance
+            vae.decode(torch.empty(1, vae_config.latent_channels, h, w))
+
+        works = {"encoding": lambda: vae.encode(torch.empty(pixels))}
+        works |= ({"validation": lambda: denoise(n)} if n else {}) | ({"preview": preview} if previews else {})
+        peaks = {}
+        for name, work in works.items():
+            with Meter([*unet.parameters(), *vae.parameters()]) as meter:
+                with torch.autocast(device_type, precision, enabled=precision != torch.float32):
+                    work()
+            peaks[name] = meter.peak
+    return peaks
+
+
 def bytes_of(module: nn.Module, trained_only: bool = False) -> int:
     """Bytes of a network's weights, or of those that are trained."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained_only)
-
-
-def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory that the device has in all; None if it does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
-        return None
 
 
 @dataclass(frozen=True)
@@ -151,12 +181,14 @@ def forecast(
     processes: int = 1,
     muon: bool = False,
     adapt: Callable[[UNet], UNet] = as_it_is,
+    rest: Callable[[], dict[str, int]] = dict,
 ) -> Forecast:
     """What training `unet` with AdamW, or Muon, will take on `device`.
 
     `frozen`: the networks that are not trained, which wait in the CPU's memory; `latents` and `length` of a micro-batch
     as in `rehearse_step`; `resident`: bytes of the cached latents and texts on the device. `averaged`: an EMA is kept,
-    perhaps `average_on_cpu`. `adapt` makes of a U-Net of the same shape what `unet` is, if that is a LoRA's.
+    perhaps `average_on_cpu`. `adapt` makes of a U-Net of the same shape what `unet` is, if that is a LoRA's. `rest`
+    rehearses what is done beside training, and gives bytes beyond what stays, by name: see `rehearse_rest`.
     """
     on_cpu = device.type == "cpu"
     trained = bytes_of(unet, trained_only=True)
@@ -164,14 +196,21 @@ def forecast(
     kernels = device.type if device.type == "cuda" else "cpu"  # whose autocast and attention are rehearsed
     try:
         step = rehearse_step(unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels, adapt)
+        moments = {"step": step, **rest()}
     except Exception:  # a kernel that has no fake on this device: no reason to keep anyone from training
-        step = None
+        moments = {}
+    optimizer = {"Muon": trained} if muon else {"AdamW": 2 * trained}
+    average = trained if averaged and (on_cpu or not average_on_cpu) else 0
+    # At the worst moment, beside gradients, though not all of them may be there then …
+    activations = [size - trained for name, size in moments.items() if name != "encoding"]
+    # … and when images are encoded, nothing is there yet that training needs.
+    activations += [moments.get("encoding", 0) - trained - sum(optimizer.values()) - average, 0]
     parts = {
         "weights": bytes_of(unet),
         "gradients": trained,
-        **({"Muon": trained} if muon else {"AdamW": 2 * trained}),
-        "EMA": trained if averaged and (on_cpu or not average_on_cpu) else 0,
-        "activations": max((step or 0) - trained, 0),  # at the worst moment, when not all gradients may be there yet
+        **optimizer,
+        "EMA": average,
+        "activations": max(activations),
         "gradients in transit": trained if processes > 1 else 0,  # DistributedDataParallel's buckets
         "VAE and text encoder": sum(bytes_of(module) for module in frozen) if on_cpu else 0,
         "data": resident,
@@ -187,24 +226,45 @@ def forecast(
         "a lower --resolution": is_lora,
     }
     helpful = [option for option, helps in remedies.items() if helps] or ["a lower --resolution"]
-    return Forecast(parts, "machine" if on_cpu else "GPU", memory_of(device), helpful, rehearsed=step is not None)
+    return Forecast(parts, "machine" if on_cpu else "GPU", memory_of(device), helpful, rehearsed=bool(moments))
 
 
 def forecast_run(
-    options: UNetOptions, unet: UNet, model: StableDiffusion, data: int, processes: Processes, precision: torch.dtype
+    options: UNetOptions,
+    unet: UNet,
+    model: StableDiffusion,
+    data: CaptionedLatents,
+    validated: int,
+    processes: Processes,
+    precision: torch.dtype,
 ) -> Forecast:
-    """`forecast` for a run of train_stable_diffusion.py with `data` bytes of latents and texts on the device.
+    """`forecast` for a run of train_stable_diffusion.py.
 
-    `unet` is what is trained; the model may hold its average.
+    `unet` is what is trained; the model may hold its average. `validated`: images to validate on at a time.
     """
-    side = options.resolution // model.vae.config.downsampling
+    side, device = options.resolution // model.vae.config.downsampling, processes.device
+    adapt = partial(low_rank.adapt, options=options, precision=precision) if options.lora_rank else as_it_is
+
+    def rest() -> dict[str, int]:
+        latents = (validated if options.validate_every else 0, side, side)
+        prompts = data.prompts(options.preview_prompts)[: 1 if device.type == "cpu" else None]  # that sample together
+        encodes = images_at_once(options.resolution, device) * batches_at_once(model.vae, options.resolution, processes)
+        counts = (encodes, len(prompts) * bool(options.preview_every))
+        kernels = device.type if device.type == "cuda" else "cpu"
+        how = (model.text_encoder.length, precision, *counts, kernels, adapt)
+        sizes = rehearse_rest(unet.config, model.vae.config, latents, *how)
+        if device.type != "cpu":  # the VAE comes for the time of a preview; the U-Net is not there while it encodes
+            sizes = {name: size + bytes_of(model.vae) * (name != "validation") for name, size in sizes.items()}
+            sizes["encoding"] -= bytes_of(unet)
+        return sizes
+
     return forecast(
         unet,
         frozen=[model.vae, model.text_encoder.model],
         latents=(options.batch_size // processes.count // options.gradient_accumulation, side, side),
         length=model.text_encoder.length,
-        resident=data,
-        device=processes.device,
+        resident=data.nbytes,
+        device=device,
         precision=precision,
         micro_batches=options.gradient_accumulation,
         checkpointing=options.gradient_checkpointing,
@@ -212,5 +272,6 @@ def forecast_run(
         average_on_cpu=options.ema_on_cpu,
         processes=processes.count,
         muon=options.optimizer == "muon",
-        adapt=partial(low_rank.adapt, options=options, precision=precision) if options.lora_rank else as_it_is,
+        adapt=adapt,
+        rest=rest,
     )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sampling.packed import give_memory_back
 from training.reproducible import Processes
 from training.run_folder import DivergedError, RunFolder
 from training.script import StopRequest, UserError
@@ -174,10 +175,12 @@ class Reporter:
     @contextlib.contextmanager
     def interruptible(self, duty: str) -> Iterator[None]:
         """Around something long; a stop (`check_stop`) leaves it to the next run."""
+        give_memory_back()  # what steps took is of other sizes, and would be kept beside; and the other way round
         try:
             yield
         except PostponedError:
             self.undone.add(duty)
+        give_memory_back()
         left = self.processes.any(duty in self.undone)
         if left:
             self.undone |= {duty, "checkpoint"}
