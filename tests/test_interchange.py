@@ -276,8 +276,12 @@ def test_what_a_folder_need_not_hold(folder):
     StableDiffusion.from_pretrained(folder, device="cpu")
 
 
-def test_a_model_is_read_in_the_type_that_it_is_to_have(folder, tmp_path):
+def test_a_model_is_read_in_the_type_that_it_is_to_have(folder, tmp_path, monkeypatch):
     """As if it were read in float32 and cast, which takes three times the memory."""
+    asked = []
+    monkeypatch.setattr(
+        "stable_diffusion_model.load_model", lambda path, dtype: load_model(path, asked.append(dtype) or dtype)
+    )
     whole = StableDiffusion.from_pretrained(folder, "cpu")
     whole.export(tmp_path / "model.safetensors")
     whole.to("cpu", torch.bfloat16)
@@ -285,6 +289,7 @@ def test_a_model_is_read_in_the_type_that_it_is_to_have(folder, tmp_path):
     for source in (folder, tmp_path / "model.safetensors"):
         assert {p.dtype for p in load_model(source, torch.bfloat16).unet.parameters()} == {torch.bfloat16}
         assert_equal(weights(StableDiffusion.from_pretrained(source, "cpu", torch.bfloat16)), weights(whole))
+    assert asked == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_a_model_is_read_as_it_lies_in_the_file(folder, tmp_path, monkeypatch):

@@ -511,10 +511,10 @@ def test_no_more_is_encoded_beside_each_other_than_memory_has_room_for(
     assert captioned_latents.batches_at_once(vae, 512, dataclasses.replace(ALONE, device=torch.device("cuda"))) == 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(captioned_latents, "batches_at_once", lambda *_: 7)
-    monkeypatch.setattr(captioned_latents, "give_memory_back", lambda: given_back.append(True))
+    monkeypatch.setattr(encoded_cache, "give_memory_back", lambda: given_back.append(True))
     monkeypatch.setattr(encoded_cache, "in_order", lambda *how: asked.append(how[2]) or in_order(*how))
     prepare(load_captioned_images(str(many_images(tmp_path / "many", 3))), *models, R, ALONE)
-    assert asked == [threads, 7] and given_back == [True]
+    assert asked == [threads, 7] and given_back == [True, True]
 
 
 def test_every_batch_has_the_same_shape(tmp_path: Path, models: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from images import TRANSFORM_VERSION
-from sampling.packed import give_memory_back
 from text_encoder import TextEncoder
 from training.encoded_cache import (
     EncodedCache,
@@ -122,7 +121,6 @@ def prepare(
     captions = ["", *sorted(set(texts) - {""})]
     contexts = _encode_captions(captions, text_encoder, processes)
     _encode_images(images, keys, moments, vae, resolution, precision, mirror, processes)
-    give_memory_back()
 
     device = processes.device
     budget = memory_for_data(device)

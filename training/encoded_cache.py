@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from sampling.packed import give_memory_back
 from training.background import Progress, decoding_threads, in_order
 from training.reproducible import Processes
 from training.script import UserError
@@ -222,6 +223,7 @@ def encode_missing(
                 cache.append([keys[i] for i in batch], values[: len(batch)])
                 progress.add(len(batch))
         cache.close()
+        give_memory_back()  # what was encoded next would have tensors of other sizes
         processes.barrier()
     if cache.missing(keys):
         raise UserError(f"the cache {cache.folder} cannot be read back as it was written: its disk is damaged or full.")
