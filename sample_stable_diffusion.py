@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from PIL import Image
 
-from training.script import Terminated, UserError, run, user_errors
+from training.script import Terminated, UserError, quick_imports, run, user_errors
 
 if TYPE_CHECKING:
     from stable_diffusion_model import StableDiffusion
@@ -275,12 +275,13 @@ def load_model(options: argparse.Namespace, width: int, height: int) -> "StableD
 
 def draw(options: argparse.Namespace, jobs: list[tuple[str, int]], paths: list[Path]) -> Iterator[Path]:
     """Draws the image of each (prompt, seed) and yields its path when it is written."""
-    from images import save_png
-    from sampling.packed import packed
-
     start, mask = start_image(options) if options.init_image else (None, None)
     width, height = start.size if start else (options.width or 512, options.height or 512)
-    model = load_model(options, width, height)
+    with quick_imports():
+        from images import save_png
+        from sampling.packed import packed
+
+        model = load_model(options, width, height)
     say(
         f"drawing {len(jobs)} image{'s' * (len(jobs) > 1)} of {width}×{height} with the model {model.name} "
         f"on {model.device}: {options.steps} steps, guidance {options.guidance_scale:g}"
