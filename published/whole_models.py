@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ TEXT_STEM = "model"  # … and of a text encoder
 NOT_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # the other parts of a whole CLIP
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the hub model whose vocabulary SD 1.x and 2.x read
 CLIP_VOCABULARY = 49_408  # how many tokens it has
-Network = TypeVar("Network", UNet, VAE)
 
 
 class ModelParts(NamedTuple):
@@ -76,7 +75,7 @@ def load_folder(folder: Path, name: str, dtype: torch.dtype | None = torch.float
     kind = read_json(folder / "model_index.json").get("_class_name", "StableDiffusionPipeline")
     if not kind.startswith("StableDiffusion") or "XL" in kind or "3" in kind:
         raise ValueError(f"{folder}: a {kind} is not supported, only Stable Diffusion 1.x and 2.x.")
-    unet = _without_numbers(UNet, unet_config(read_json(folder / "unet" / "config.json")))
+    unet = _without_numbers(unet_config(read_json(folder / "unet" / "config.json")))
     load_strict(unet, read_folder_weights(folder / "unet", STEM), folder / "unet", dtype=dtype)
     text_encoder = TextEncoder(load_tokenizer(folder / "tokenizer"), load_text_model(folder / "text_encoder"))
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -84,10 +83,10 @@ def load_folder(folder: Path, name: str, dtype: torch.dtype | None = torch.float
     return ModelParts(text_encoder, unet.eval(), vae, noise_schedule(scheduler_config), scheduler_config, name)
 
 
-def _without_numbers(kind: type[Network], config: UNetConfig | VAEConfig) -> Network:
+def _without_numbers(config: UNetConfig) -> UNet:
     """For `load_strict`, which brings them: random ones would take seconds, and memory."""
     with torch.device("meta"):
-        return kind(config)
+        return UNet(config)
 
 
 def save_folder(folder: Path, parts: ModelParts, dtype: torch.dtype) -> None:
@@ -137,7 +136,7 @@ def load_single_file(
     for part in ("unet", "vae", "text_encoder"):
         if getattr(file, part) is None:
             raise ValueError(f"{path} holds no {part}; pass a checkpoint with all of U-Net, VAE and text encoder.")
-    unet, vae = _without_numbers(UNet, file.unet_config), _without_numbers(VAE, file.vae_config)
+    unet, vae = _without_numbers(file.unet_config), VAE(file.vae_config)
     load_strict(unet, file.unet, path, dtype=dtype)
     load_strict(vae, file.vae, path)
     text_model = make_text_model(file.text_config, file.text_encoder, path)
@@ -223,13 +222,13 @@ def load_vae(path_or_hub_id: str | os.PathLike, what: str = "the VAE") -> VAE:
             raise ValueError(f"{path} is damaged or was not written by VAE.save ({error}).") from error
     else:
         config, tensors = read_ldm_vae(path)
-    vae = _without_numbers(VAE, config)
+    vae = VAE(config)
     load_strict(vae, tensors, path)
     return vae.eval()
 
 
 def _load_vae_folder(folder: Path) -> VAE:
-    vae = _without_numbers(VAE, vae_config(read_json(folder / "config.json")))
+    vae = VAE(vae_config(read_json(folder / "config.json")))
     load_strict(vae, read_folder_weights(folder, STEM), folder)
     return vae.eval()
 

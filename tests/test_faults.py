@@ -210,7 +210,7 @@ FAULTS = [
     Fault("a file's own numbers taken for a copy", "published/weight_files.py", "tensor.to(dtype, copy=True)", "tensor.to(dtype)", "test_weight_files.py::test_a_module_without_numbers_gets_copies_or_what_is_in_the_file"),
     Fault("a model in bfloat16 read in float32", "stable_diffusion_model.py", "load_model(folder_or_hub_id, dtype := dtype or torch.float32)", "load_model(folder_or_hub_id, torch.float32)", "test_interchange.py::test_a_model_is_read_in_the_type_that_it_is_to_have"),
     Fault("a LoRA's base left in its file", "training/low_rank.py", "p.detach().to(dtype, copy=True)", "p.detach().to(dtype)", "test_train_lora.py::test_the_base_is_never_there_in_float32"),
-    Fault("encoding foretold beside what training needs", "training/memory_forecast.py", " - trained - sum(optimizer.values()) - average, 0]", " - trained, 0]", "test_finetune.py::test_the_worst_moment_is_foretold_whichever_it_is"),
+    Fault("encoding foretold beside what training needs", "training/memory_forecast.py", '{"encoding": trained + sum(optimizer.values()) + average}', '{"encoding": trained}', "test_finetune.py::test_the_worst_moment_is_foretold_whichever_it_is"),
     Fault("each process encodes as if it were alone", "training/captioned_latents.py", " * processes.local_count\n", "\n", "test_pokemon_dataset.py::test_no_more_is_encoded_beside_each_other_than_memory_has_room_for"),
     Fault("the base copied for the average", REPRODUCIBLE, "copy.deepcopy(module, frozen)", "copy.deepcopy(module)", "test_train_lora.py::test_the_average_shares_what_is_frozen"),
     Fault("a LoRA's overflow in float16", "published/lora_files.py", "lower if rounded else exact", "lower", "test_lora.py::test_what_half_precision_cannot_hold_is_written_in_float32"),

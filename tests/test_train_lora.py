@@ -261,6 +261,25 @@ def test_a_checkpoint_of_another_lora_says_what_is_other() -> None:
         low_rank.load_trained(unet, {k: t[:1, 0] if k.endswith("up.weight") else t for k, t in state.items()}, trained)
 
 
+def test_the_base_is_not_overwritten_by_its_lora(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(base, run / "model")
+    with pytest.raises(UserError, match=r"--overwrite: .*run holds .*model, without which its LoRA is of no use"):
+        train(run / "model", run, "--overwrite")
+    assert (run / "model" / "unet").is_dir()
+
+
+def test_a_seed_begins_with_the_same_matrices_whatever_was_read_before(base: Path, tmp_path: Path) -> None:
+    StableDiffusion.from_pretrained(base, "cpu").export(tmp_path / "one.safetensors")
+    begun = []
+    for source, seed in ((base, 0), (tmp_path / "one.safetensors", 0), (base, 1)):
+        torch.rand(7)
+        options = UNetOptions(pretrained=str(source), lora_rank=2, seed=seed)
+        model, _ = low_rank.build_model(options, torch.float32)
+        begun.append(next(iter(lora.adapted(model.unet).values())).changes["default"].down.weight)
+    assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
+
+
 def test_another_base_is_no_base_to_resume_on(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = tiny_model()

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPTextModel
 
 import monsters
 import train_stable_diffusion as script
+from diffusion_model import UNet
 from evaluation.timestep_loss import by_tenths
 from noise_schedule import NoiseSchedule
 from published import save_text_encoder
@@ -43,6 +45,7 @@ from training.reproducible import (
 )
 from training.run_folder import load_checkpoint
 from training.script import UserError
+from vae_model import VAE
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:The prompt is longer")  # the tiny tokenizer spells words by letter
@@ -834,8 +837,13 @@ def test_a_preset_begins_as_it_says(preset: str, tmp_path: Path, monkeypatch: py
         assert len(options.block_out_channels) == len(options.attention_levels)
     small = ["--dataset", "monsters:4", "--resolution", "16", "--device", "cpu", "--wandb", "off"]
     if preset == "monsters":
+        torch.manual_seed(0)
         model = script.build_model(options)
         assert model.unet.config.block_out_channels == tuple(options.block_out_channels)
+        # The sheet and the figures in README.md began with these weights: text encoder, VAE and U-Net draw in turn.
+        torch.manual_seed(0)
+        CLIPTextModel(model.text_encoder.model.config), VAE(model.vae.config)
+        assert torch.equal(UNet(model.unet.config).conv_in.weight, model.unet.conv_in.weight)
         return
     after_the_quickstart = ("turquoise", "turquoise_lora")
     assert Path(PARTS[preset]["vae"]).is_file() == (preset in (*after_the_quickstart, "pokemon_cpu"))

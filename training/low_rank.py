@@ -35,10 +35,19 @@ def check(options: UNetOptions) -> None:
                 f"--{name}: only the LoRA is saved, and sampled with what --pretrained holds; leave the option out, or "
                 f"pass a --pretrained that has this one (set model.{name} and call model.save_pretrained)."
             )
+    if options.pretrained and options.overwrite and _lies_in(options.pretrained, options.output_dir):
+        raise UserError(
+            f"--overwrite: {options.output_dir} holds {options.pretrained}, without which its LoRA is of no use; pass "
+            "another --output_dir."
+        )
     if not options.pretrained:
         raise UserError("--lora_rank: LoRA changes a model that is trained already; say which with --pretrained.")
     if options.ema_on_cpu:
         raise UserError("--ema_on_cpu: the average of a LoRA is small; leave the option out, or --lora_rank.")
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return Path(path).exists() and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def build_model(options: UNetOptions, precision: torch.dtype) -> tuple[StableDiffusion, str]:
@@ -50,6 +59,7 @@ def build_model(options: UNetOptions, precision: torch.dtype) -> tuple[StableDif
         parts = load_model(options.pretrained, dtype=None)
         check_objective(options, parts.schedule)
         digest = fingerprint(parts.unet, dtype=torch.float32)
+        torch.manual_seed(options.seed)  # so that what the matrices begin with does not depend on what was read before
         adapt(parts.unet, options, precision)
         return StableDiffusion(*parts._replace(name=Path(options.output_dir).name)), digest
 
