@@ -283,7 +283,7 @@ class StableDiffusion:
                 With one, float32 sums on a CPU may come in another order.
 
         Image k of a batch equals the image that its seed gives alone: on a CPU bit for bit, for the same number of
-        threads; on a GPU, where batches are faster, up to the order of sums in the matrix kernels. The images'
+        threads and with no other sampling beside it; on a GPU, where batches are faster, up to the order of sums. Their
         `info["parameters"]` say how they were made. Raises ValueError, in one sentence, before any network runs.
         """
         # The request, checked.
