@@ -29,7 +29,7 @@ from tests.test_interchange import (
 )
 from tests.tiny import tiny_model
 from training import memory_forecast
-from training.captioned_latents import CaptionedLatents
+from training.captioned_latents import CaptionedLatents, memory_of
 from training.memory_forecast import Forecast, Meter, bytes_of, forecast, rehearse_rest, rehearse_step
 from training.presets import UNetOptions
 from training.reproducible import Processes
@@ -321,6 +321,16 @@ def test_too_little_memory_is_said_with_a_way_out(monkeypatch):
     thrifty = str(forecast(unet, [], (1, 32, 32), 77, 10**9, cpu, torch.bfloat16, 8, checkpointing=True))
     assert "try a lower --resolution" in thrifty
     assert "warning" not in str(Forecast({"weights": 10**9}, "GPU", None))
+
+
+def test_a_container_has_what_it_may_use(tmp_path, monkeypatch):
+    cpu, limit = torch.device("cpu"), tmp_path / "memory.max"
+    monkeypatch.setattr("training.captioned_latents.CONTAINER_LIMIT", limit)
+    whole = memory_of(cpu)
+    limit.write_text("max\n")
+    assert memory_of(cpu) == whole > 10**8
+    limit.write_text("12345\n")
+    assert memory_of(cpu) == 12345
 
 
 def test_a_rehearsal_that_fails_keeps_nobody_from_training(monkeypatch):

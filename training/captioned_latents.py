@@ -7,10 +7,12 @@ kept in `training.encoded_cache` under the SHA-256 of their content, so that not
 Letters: N images in the batch, R resolution, h = w = R/8, L text tokens, D width of the text encoding.
 """
 
+import contextlib
 import math
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import torch
@@ -44,6 +46,7 @@ from vae_model import VAE
 # last, 30 ms in a batch of 8; one of 256 gains from channels last (144 → 119 ms), not from a batch. On a GPU, 4 images
 # of 512, for which the published VAE needs 3.2 GB in float32.
 PIXELS_AT_ONCE = {"cpu": 8 * 128**2, "cuda": 4 * 512**2}
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 DEVICE_SHARE = 0.3  # of a GPU's free memory that moments and contexts may take; the rest is for training
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,15 +156,18 @@ def batches_at_once(vae: VAE, resolution: int, processes: Processes) -> int:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory that the device has in all; None if it does not say."""
+    """Bytes of memory that the device has in all, or that a container may use of them; None if it does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows has no sysconf
         return None
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        memory = min(memory, int(CONTAINER_LIMIT.read_text()))
+    return memory
 
 
 def memory_for_data(device: torch.device) -> int:
