@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import filecmp
+import gc
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_parts, tiny_text_encoder, tiny_unet, tiny_vae, training_arguments
 from train_stable_diffusion import Batch, Options, diffusion_loss, train_step, validation_losses
 from training.captioned_latents import split_images
-from training.options import parse_options
+from training.options import answer_early, parse_options
 from training.plots import draw_columns
 from training.presets import PARTS, PRESETS, VAEOptions
 from training.reproducible import (
@@ -44,7 +45,7 @@ from training.reproducible import (
     learning_rate_at,
 )
 from training.run_folder import load_checkpoint
-from training.script import UserError
+from training.script import UserError, run
 from vae_model import VAE
 
 CPU = torch.device("cpu")
@@ -855,6 +856,19 @@ def test_a_preset_begins_as_it_says(preset: str, tmp_path: Path, monkeypatch: py
         with pytest.raises(UserError, match="or go on from the whole model that ships: --pretrained"):
             script.main(["--preset", preset, *small, "--pretrained", "nobody/has_this"])
     assert not [path for path in (tmp_path / "stable_diffusion_results").rglob("*") if path.is_file()]
+
+
+def test_no_garbage_is_looked_for_while_a_script_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train_stable_diffusion.py", "--preset", "monsters"])
+    seen = []
+    try:
+        answer_early(Options, PRESETS, "pokemon")
+        assert not gc.isenabled()
+        run(lambda _: seen.append(gc.isenabled()))
+        assert seen == [True] and gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_an_unreachable_hub_ends_the_script_with_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The parser is transformers' `HfArgumentParser`. Nothing here imports torch, so t
 """
 
 import argparse
+import gc
 import json
 import math
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ def answer_early(cls: type, presets: dict[str, dict] | None = None, default_pres
     Called by a script before its heavy imports, so that the answer does not wait for them.
     """
     run(lambda argv: parse_options(cls, argv, presets, default_preset))
+    gc.disable()  # until the next `run`: see `quick_imports`
 
 
 def parse_options(

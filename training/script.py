@@ -61,6 +61,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     A `UserError`, an OSError (disk, network, permissions) and a lack of memory end the program with status 1, Ctrl-C
     with 130 and SIGTERM with 143. DEBUG=1 in the environment keeps the traceback of all but the signals.
     """
+    gc.freeze()  # what the imports made
+    gc.enable()
     _handle(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
