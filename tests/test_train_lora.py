@@ -28,6 +28,7 @@ from tests.test_interchange import make_folder
 from tests.tiny import tiny_model, tiny_unet
 from training import low_rank
 from training.captioned_latents import CaptionedLatents
+from training.encoded_cache import fingerprint
 from training.memory_forecast import bytes_of, forecast, forecast_run, rehearse_rest, rehearse_step
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
@@ -143,6 +144,15 @@ def test_the_rehearsal_gives_no_gradients_to_what_is_frozen() -> None:
     assert after_another - alone < 2 * bytes_of(adapt(tiny_unet()), trained_only=True)
 
 
+def test_the_rehearsed_validation_needs_no_copies_of_what_is_frozen_in_bfloat16() -> None:
+    """Which autocast would make of each matrix in float32."""
+    adapt = partial(low_rank.adapt, options=UNetOptions(lora_rank=2), precision=torch.bfloat16)
+    vae_config = VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
+    config = UNetConfig(block_out_channels=(16,), attention_levels=(True,), layers_per_block=1, norm_num_groups=8)
+    how = (config, vae_config, (1, 8, 8), 77, torch.bfloat16, 1, 0)
+    assert rehearse_rest(*how, adapt=adapt)["validation"] < rehearse_rest(*how)["validation"]
+
+
 def test_the_frozen_matrices_are_in_the_precision_of_the_run(base: Path, tmp_path: Path, monkeypatch) -> None:
     seen = []
     unit = torch.ones(())  # what a step says of loss and gradient
@@ -174,7 +184,8 @@ def test_the_base_is_never_there_in_float32(base: Path, tmp_path: Path, stored: 
         own = dict(model.unet.named_parameters())
         assert all(own[name].data_ptr() != in_file for name, in_file in seen[-1].items())
         assert model.unet.conv_in.weight.dtype == precision and model.name == "run"
-    assert len(digests) == 1 and norms == {torch.float32} and set(asked) == {None}
+    assert norms == {torch.float32} and set(asked) == {None}
+    assert digests == {fingerprint(StableDiffusion.from_pretrained(tmp_path / "base", "cpu").unet)}  # of float32
 
 
 def test_the_memory_of_the_weights_before_is_given_back(monkeypatch) -> None:
@@ -353,6 +364,21 @@ def test_what_does_not_go_together(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--lora_rank"):
         script.main(["--preset", "monsters", "--lora_rank", "4", "--output_dir", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--prediction_type", "v_prediction"], "--prediction_type v_prediction: .* predicts epsilon"),
+        (["--pretrained", "./nowhere"], r"'./nowhere' does not exist; .*; or .*--pretrained"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused_in_one_sentence(
+    base: Path, tmp_path: Path, more: list, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        train(base, tmp_path / "run", *more)
+    assert not (tmp_path / "run").exists()
 
 
 def unet_of(options: UNetOptions) -> UNet:
