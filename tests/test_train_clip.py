@@ -360,6 +360,26 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, images_folder, monkeypatc
     assert any(not torch.equal(state["ema"][name], state["model"][name]) for name in state["model"])
 
 
+def test_a_validation_that_was_stopped_is_left_to_the_next_run_and_logged_once(
+    tmp_path, images_folder, monkeypatch
+) -> None:
+    path, one = tmp_path / "run", torch.ones(())
+    argv = arguments(path, "--dataset", str(images_folder), steps=1)
+    monkeypatch.setattr(train_clip.RunFolder, "plot", lambda *_, **how: None)  # takes half a second
+    with folder_at(path) as folder:
+        run = train_clip.Run(train_clip.parse_options(Options, argv), folder)
+        run.reporter.record(learning_rate=0.1, loss=one, gradient_norm=one)
+        run.reporter.stop.asked = True  # after the step
+        run.after_step()
+        assert run.reporter.state()["undone"] == ["checkpoint", "validation"] and not (path / "scores.json").exists()
+    monkeypatch.setattr(train_clip.Run, "save", lambda *_, **how: None)  # killed before its checkpoint
+    for _ in range(2):
+        with folder_at(path, resume=True) as folder:
+            options = train_clip.parse_options(Options, ["--resume", "--output_dir", str(path)])
+            train_clip.Run(options, folder).after_step()
+            assert [row["step"] for row in folder.metrics() if row["image_to_text_r1"]] == ["1"]
+
+
 def test_rates_mirror_held_out_images_and_the_judged_model(tmp_path, images_folder, monkeypatch) -> None:
     rates, mirrors, judged, step, r1 = [], [], [], train_clip.Run.train_step, iter([0.5, 0.25])
     monkeypatch.setattr(train_clip.Run, "train_step", lambda self, i: (rates.append(rates_of(self)), step(self, i))[1])

@@ -176,6 +176,24 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(script.Run, "train_step", stopping)
 
 
+def test_a_validation_that_was_stopped_is_left_to_the_next_run_and_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, one = tmp_path / "run", torch.ones(())
+    monkeypatch.setattr(script.RunFolder, "plot", lambda *_, **how: None)  # takes half a second
+    with folder_at(path) as folder:
+        run = script.Run(script.parse_options(Options, arguments(path, "--max_steps", "1")), folder)
+        run.reporter.record(learning_rate=0.1, loss=one, gradient_norm=one)
+        run.reporter.stop.asked = True  # after the step
+        run.after_step()
+        assert run.reporter.state()["undone"] == ["checkpoint", "validation"] and not (path / "scores.json").exists()
+    monkeypatch.setattr(script.Run, "save", lambda *_, **how: None)  # killed before its checkpoint
+    for _ in range(2):
+        with folder_at(path, resume=True) as folder:
+            script.Run(script.parse_options(Options, ["--resume", "--output_dir", str(path)]), folder).after_step()
+            assert [row["step"] for row in folder.metrics() if row["psnr"]] == ["1"]
+
+
 def test_goes_on_from_a_vae(tmp_path: Path) -> None:
     tiny_vae().save(tmp_path / "vae_model.pth")
     script.main(arguments(tmp_path / "run", "--pretrained", str(tmp_path / "vae_model.pth"), "--max_steps", "1"))
