@@ -78,6 +78,21 @@ def test_on_a_stop_only_the_checkpoint_is_due_and_the_rest_is_left_to_the_resume
     assert rows(folder) == ["4,1.5,1.5,0.1,,", "8,5.5,5.5,0.1,,", "10,8.5,8.5,0.1,,"]  # as if it had not stopped
 
 
+class OneOfTwo(Processes):
+    """The other process was asked to stop."""
+
+    def any(self, flag: bool) -> bool:
+        return True
+
+
+def test_what_another_process_left_undone_is_left_undone_by_all(folder: RunFolder) -> None:
+    this = Reporter(UNetOptions(), folder, OneOfTwo(0, 2, torch.device("cpu")), {"preview": 3, "checkpoint": 5})
+    with this.interruptible("preview"):
+        pass  # done here
+    assert this.state()["undone"] == ["preview"]
+    assert not list(this.steps()) and this.due("checkpoint") and not this.due("preview")
+
+
 def test_memory_is_given_back_around_what_is_long(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr("training.reporter.give_memory_back", lambda: seen.append("given back"))
