@@ -267,6 +267,18 @@ def test_what_a_run_does_beside_training_is_foretold_for_its_device(device, monk
     assert [how[5:7] for how in asked] == [(encodes, previews), (encodes, 0), (encodes, previews)]
 
 
+@pytest.mark.parametrize(("processes", "parts", "images"), [(1, 1, 16), (2, 1, 8), (2, 4, 2)])
+def test_a_step_is_foretold_of_the_images_that_go_through_one_process_at_a_time(processes, parts, images, monkeypatch):
+    asked, model = [], tiny_model()
+    monkeypatch.setattr(memory_forecast, "forecast", lambda *_, latents, **how: asked.append(latents))
+    options = UNetOptions(resolution=64, batch_size=16, gradient_accumulation=parts)
+    data = CaptionedLatents(torch.zeros(0), torch.zeros(0), torch.zeros(0), ["", "a"])
+    group = Processes(0, processes, torch.device("cpu"))
+    memory_forecast.forecast_run(options, model.unet, model, data, 8, group, torch.float32)
+    side = 64 // model.vae.config.downsampling
+    assert asked == [(images, side, side)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -365,6 +365,16 @@ def test_validation_is_spread_over_the_timesteps_and_over_the_images() -> None:
         assert validation_losses(unet, data, torch.arange(count), model, unstopped) == losses
 
 
+@pytest.mark.parametrize(("held_out", "at_a_time"), [([], 0), ([0], script.VALIDATED_AT_ONCE)])
+def test_a_validation_is_foretold_where_something_is_held_out(held_out: list, at_a_time: int, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(script, "forecast_run", lambda *of: seen.append(of[4]))
+    run = {"options": Options(), "unet": tiny_unet(), "model": None, "data": None, "chosen": [1], "held_out": held_out}
+    run |= {"processes": Processes(0, 1, CPU), "precision": torch.float32, "device": CPU}
+    script.Run.summary(SimpleNamespace(**run))
+    assert seen == [at_a_time]
+
+
 def test_each_tenth_of_the_timesteps_is_logged_and_plotted(parts: Path, tmp_path: Path, monkeypatch: object) -> None:
     """Of a loss that is its timestep, tenth i is the middle of its timesteps, and their mean is the validation loss."""
 
