@@ -495,8 +495,8 @@ def test_no_more_is_encoded_beside_each_other_than_memory_has_room_for(
     tmp_path: Path, models: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, threads, in_order, given_back = [], torch.get_num_threads(), encoded_cache.in_order, []
-    vae = VAE(VAEConfig(block_out_channels=(8,), norm_num_groups=8))
-    each = 5 * 4 * 512**2 * 8
+    vae = VAE(VAEConfig(block_out_channels=(8, 16), norm_num_groups=8))
+    each = 5 * 4 * 512**2 * 8  # the first level's maps are as large as the image
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     for memory, processes, wanted in (
         (None, 1, 6),
@@ -515,6 +515,17 @@ def test_no_more_is_encoded_beside_each_other_than_memory_has_room_for(
     monkeypatch.setattr(encoded_cache, "in_order", lambda *how: asked.append(how[2]) or in_order(*how))
     prepare(load_captioned_images(str(many_images(tmp_path / "many", 3))), *models, R, ALONE)
     assert asked == [threads, 7] and given_back == [True, True]
+
+
+def test_previews_show_what_is_chosen_or_eight_captions_at_most() -> None:
+    none = torch.zeros(0)
+    for count in range(40):
+        captions = [f"monster {i}" for i in range(count)]
+        data = CaptionedLatents(none, none, none, ["", *captions])
+        shown = data.prompts(None)
+        assert 1 <= len(shown) <= 8 and (set(shown) <= set(captions) if count else shown == [""])
+        assert count > 8 or shown == (captions or [""])
+        assert data.prompts(["a fox", "an owl"]) == ["a fox", "an owl"]
 
 
 def test_every_batch_has_the_same_shape(tmp_path: Path, models: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
