@@ -287,7 +287,10 @@ def test_a_model_is_read_in_the_type_that_it_is_to_have(folder, tmp_path, monkey
     whole.to("cpu", torch.bfloat16)
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     for source in (folder, tmp_path / "model.safetensors"):
-        assert {p.dtype for p in load_model(source, torch.bfloat16).unet.parameters()} == {torch.bfloat16}
+        parts = load_model(source, torch.bfloat16)
+        assert {p.dtype for p in parts.unet.parameters()} == {torch.bfloat16}
+        assert_equal(parts.vae.state_dict(), load_model(source).vae.state_dict())  # which computes in float32
+        assert {p.dtype for p in parts.vae.parameters()} == {torch.float32}
         assert_equal(weights(StableDiffusion.from_pretrained(source, "cpu", torch.bfloat16)), weights(whole))
     assert asked == [torch.float32, torch.bfloat16, torch.bfloat16]
 

@@ -255,6 +255,12 @@ def test_a_module_without_numbers_gets_copies_or_what_is_in_the_file(dtype):
         assert (own.data_ptr() == tensor.data_ptr()) == (dtype is None)
 
 
+def test_a_sum_beyond_what_half_precision_holds_is_no_damage():
+    module = nn.Linear(70_000, 1, bias=False)
+    load_strict(module, {"weight": torch.ones(1, 70_000).half()}, "file")
+    assert (module.weight == 1).all()
+
+
 def test_what_does_not_fit_is_refused_whole():
     good = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
     cases = {
