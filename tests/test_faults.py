@@ -256,6 +256,12 @@ FAULTS = [
     Fault("a word's map stretched to the corners", "evaluation/attention.py", "align_corners=False", "align_corners=True", "test_attention.py::test_a_map_is_scaled_up_about_its_pixels_middles"),
     Fault("a sheet of those that name fewest parts", "evaluation/attention.py", "key=parts, reverse=True)[:6]", "key=parts)[:6]", "test_attention.py::test_the_sheet_is_of_the_six_that_name_most_parts_each_word_at_its_brightest"),
     Fault("all tenths in one colour", "training/plots.py", 'colormaps["viridis"](i / len(panel))', 'colormaps["viridis"](0.5)', "test_training.py::test_the_tenths_are_coloured_in_their_order"),
+    Fault("a base in half precision known only in that", "training/low_rank.py", "fingerprint(parts.unet, dtype=torch.float32)", "fingerprint(parts.unet)", "test_train_lora.py::test_the_base_is_never_there_in_float32[stored1]"),
+    Fault("a LoRA trained for another prediction than its base's", "training/low_rank.py", "check_objective(options, parts.schedule)", "pass", "test_train_lora.py::test_a_base_that_cannot_be_is_refused_in_one_sentence"),
+    Fault("what another process left undone taken for done", REPORTER, "left = self.processes.any(duty in self.undone)", "left = duty in self.undone", "test_reporter.py::test_what_another_process_left_undone_is_left_undone_by_all"),
+    Fault("a validation of the VAE logged twice", VAE, '["psnr"] if "validation" in state["undone"] else []', "[]", "test_train_vae.py::test_a_validation_that_was_stopped_is_left_to_the_next_run_and_logged_once"),
+    Fault("a stop waits for CLIP's validation", CLIP, "self.reporter.check_stop()", "pass", "test_train_clip.py::test_a_validation_that_was_stopped_is_left_to_the_next_run_and_logged_once"),
+    Fault("a large sum in half precision taken for damage", "published/weight_files.py", "tensor.sum(dtype=torch.float32)", "tensor.sum()", "test_weight_files.py::test_a_sum_beyond_what_half_precision_holds_is_no_damage"),
 ]  # fmt: skip
 
 
