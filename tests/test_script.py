@@ -34,6 +34,8 @@ def test_no_garbage_is_looked_for_during_imports_but_afterwards_it_is(fails: boo
 @pytest.mark.parametrize("error", [None, UserError("--output: no"), KeyboardInterrupt(), ZeroDivisionError("a bug")])
 def test_nor_is_it_at_the_end_of_a_script_whatever_ends_it(error: BaseException | None, monkeypatch, capsys) -> None:
     def main(argv: list[str]) -> None:
+        assert gc.isenabled()
+        gc.unfreeze()  # what the imports made
         if error:
             raise error
 
