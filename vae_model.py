@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # PyTorch's own switch, which it looks at before its first tensor: on Linux, large tensors lie in pages of 2 MB instead
-# of 4 KB, and a feature map of 512×512 no longer costs thousands of page faults.
+# of 4 KB, and a feature map of 512×512 no longer costs thousands of page faults. Programs that made a tensor before
+# they imported this have small pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # ----------------------------------------------------------------------------------------------------------------------

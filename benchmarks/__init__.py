@@ -6,7 +6,11 @@ compare_diffusers   time and memory against diffusers
 scaling             how both grow, and how near a step is to the machine's limit
 """
 
+import os
 import sys
+
+# For ours and diffusers in one process, and before diffusers makes the first tensor; see vae_model.py.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 try:
     import diffusers  # noqa: F401

@@ -32,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import nn
+from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks.contestants import MODELS, ROOT, SIDES, Case, Training, build
-from benchmarks.measuring import device_option, keep, kept, machine, parse, positive, seconds
+from benchmarks.measuring import device_option, keep, kept, machine, parse, positive, print_to_the_end, seconds
 from noise_schedule import NoiseSchedule
 from sampling.packed import pack
 from stable_diffusion_model import StableDiffusion
@@ -191,7 +192,7 @@ def time_in_turn(case: Case, rounds: int) -> dict[str, list[float]]:
     sides = case.sides()
     works = {side: work_of(case, side) for side in sides}
     for side in sides:
-        warm_up(works[side], case.device)
+        warm_up(works[side], case)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for order in orders(sides, rounds):
         for side in order:
@@ -231,21 +232,23 @@ def in_a_process(case: Case, side: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.compare_diffusers", "--alone", side, json.dumps(asdict(case))]
     pages = {"THP_MEM_ALLOC_ENABLE": str(int(side in ("ours", "tuned")))}  # large ones, as `vae_model.py` asks for
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | pages)
+    if ended.returncode < 0:
+        raise RuntimeError(f"killed by signal {-ended.returncode}, perhaps for lack of memory")
     if ended.returncode:
         raise RuntimeError((ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1])
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def warm_up(work: Callable[[], object], device: str) -> float:
-    """Does it twice, or once where that takes half a minute and more; returns the seconds of the last time."""
-    once = seconds(work, device)
-    return once if once > 30 else seconds(work, device)
+def warm_up(work: Callable[[], object], case: Case) -> float:
+    """Does it twice, or once where that takes over half a minute, unless it compiles; the seconds of the last time."""
+    once = seconds(work, case.device)
+    return once if once > 30 and not case.compile else seconds(work, case.device)
 
 
 def alone(side: str, case: Case) -> dict[str, float]:
     """A side warms up and does its work: peak memory in MB, and seconds, the median of all turns in a second."""
     work = work_of(case, side)
-    turns = 1 + int(1 / max(warm_up(work, case.device), 0.05))
+    turns = 1 + int(1 / max(warm_up(work, case), 0.05))
     result = {"seconds": statistics.median(seconds(work, case.device) for _ in range(turns))}
     if case.device == "cuda":
         return result | {"memory_mb": torch.cuda.max_memory_allocated() / 1e6}
@@ -254,12 +257,11 @@ def alone(side: str, case: Case) -> dict[str, float]:
     return result | {"memory_mb": int(status.split("VmHWM:")[1].split()[0]) / 1e3}
 
 
-KERNELS = {  # operators by what they do
+KERNELS = {  # operators by what they do, outside of the optimizer
     "convolutions": ("convolution", "conv2d"),
     "matrix products": ("mm", "linear", "matmul"),
     "attention": ("attention", "softmax"),
-    "norms": ("norm",),
-    "optimizer": ("foreach", "adam", "Optimizer"),
+    "norms": ("_norm",),
 }
 
 
@@ -271,13 +273,22 @@ def profile(case: Case, side: str) -> dict[str, float]:
     for _ in range(5):
         with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profiler:
             work()
-        spent = dict.fromkeys([*KERNELS, "the rest"], 0.0)
-        for event in profiler.key_averages():
-            kind = (name for name, parts in KERNELS.items() if any(part in event.key for part in parts))
+        spent = dict.fromkeys([*KERNELS, "optimizer", "the rest"], 0.0)
+        for event in profiler.events():
             own = event.self_device_time_total if case.device == "cuda" else event.self_cpu_time_total
-            spent[next(kind, "the rest")] += own / 1e6
+            spent[kind_of(event)] += own / 1e6
         turns.append(spent)
     return min(turns, key=lambda spent: sum(spent.values()))
+
+
+def kind_of(event: FunctionEvent) -> str:
+    """What an operator does: "optimizer" for whatever a step of it calls, else by its name."""
+    above: FunctionEvent | None = event
+    while above:
+        if above.name.startswith("Optimizer."):
+            return "optimizer"
+        above = above.cpu_parent
+    return next((kind for kind, parts in KERNELS.items() if any(part in event.name for part in parts)), "the rest")
 
 
 def profile_table(case: Case) -> str:
@@ -304,6 +315,18 @@ def table(results: list[dict]) -> str:
         how = result["dtype"] + ", compiled" * result["compile"]
         lines.append(f"| {' | '.join([result['row'], result['model'], how, *cells, memory])} |")
     return "\n".join(lines)
+
+
+def tables(results: list[dict]) -> str:
+    """Of each machine, the cases that were timed in one process, then those with a process for each turn."""
+    parts = []
+    for name in dict.fromkeys(result["device_name"] for result in results):
+        here = [result for result in results if result["device_name"] == name]
+        together, apart = ([r for r in here if r.get("apart", False) == way] for way in (False, True))
+        parts.append(f"{name}:")
+        parts += [table(together)] if together else []
+        parts += ["each turn in a process of its own:", table(apart)] if apart else []
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -337,9 +360,7 @@ def main() -> None:
             continue
         keep(RESULTS, [result], ("row", "model", "dtype", "device_name", "compile", "apart"))
         print(table([result]).splitlines()[-1], flush=True)
-    results = kept(RESULTS)
-    for name in dict.fromkeys(result["device_name"] for result in results):
-        print(f"{name}:\n" + table([result for result in results if result["device_name"] == name]))
+    print_to_the_end(tables(kept(RESULTS)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import argparse
 import csv
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +51,14 @@ def parse(parser: argparse.ArgumentParser, results: Path) -> argparse.Namespace:
     except (OSError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
     return options
+
+
+def print_to_the_end(text: str) -> None:
+    """To standard output, as far as it is read: `| head` ends it without an error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer
 
 
 def last_validation_loss(run_folder: Path) -> float:

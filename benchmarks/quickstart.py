@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import train_stable_diffusion
-from benchmarks.measuring import keep, kept, last_validation_loss, machine, parse
+from benchmarks.measuring import keep, kept, last_validation_loss, machine, parse, print_to_the_end
 from train_stable_diffusion import Batch, draw_batch
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
@@ -182,9 +182,10 @@ def main() -> None:
                 result = measure(row, seed, steps, folder) | machine("cpu")
                 keep(RESULTS, [result], ("row", "seed", "recipe", "device_name"))
                 print(json.dumps(result), flush=True)
-    results = kept(RESULTS)
-    for name in dict.fromkeys(result["device_name"] for result in results):
-        print(f"{name}:\n" + table([result for result in results if result["device_name"] == name]))
+    machines: dict[str, list[dict]] = {}
+    for result in kept(RESULTS):
+        machines.setdefault(result["device_name"], []).append(result)
+    print_to_the_end("\n".join(f"{name}:\n{table(found)}" for name, found in machines.items()))
 
 
 if __name__ == "__main__":

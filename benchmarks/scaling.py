@@ -31,7 +31,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import MODELS, Case, Training, build
-from benchmarks.measuring import device_option, keep, kept, machine, parse, positive, seconds
+from benchmarks.measuring import device_option, keep, kept, machine, parse, positive, print_to_the_end, seconds
 from pokemon_dataset import load_captioned_images
 from training.captioned_latents import memory_for_data, prepare
 from training.encoded_cache import EncodedCache, Rows, sha256
@@ -186,8 +186,7 @@ def main() -> None:
     groups: dict[tuple, list[dict]] = {}
     for result in kept(RESULTS):
         groups.setdefault((result["model"], result["device_name"]), []).append(result)
-    for (model, name), results in groups.items():
-        print(f"{model} on {name}:\n" + table(results))
+    print_to_the_end("\n".join(f"{model} on {name}:\n{table(found)}" for (model, name), found in groups.items()))
 
 
 if __name__ == "__main__":

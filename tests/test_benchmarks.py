@@ -3,11 +3,13 @@
 import dataclasses
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,12 +25,15 @@ from guidance import Guidance
 from noise_schedule import NoiseSchedule
 from sampling.packed import unpack
 from stable_diffusion_model import StableDiffusion
+from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_unet, tiny_vae
 from train_stable_diffusion import Batch
 from training import captioned_latents
 from training.options import parse_options
 from training.presets import PRESETS, UNetOptions
-from vae_model import VAE
+from vae_model import VAE, VAEConfig
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def test_every_row_differs_from_the_preset_in_what_it_names() -> None:
@@ -234,11 +239,76 @@ def test_a_turn_that_ends_badly_leaves_out_its_case_alone(
         compare_diffusers.main()
 
 
-def test_a_process_that_ends_badly_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback …\nMemoryError: too large\n")
+@pytest.mark.parametrize(
+    ("status", "stderr", "told"),
+    [
+        (1, "Traceback …\nMemoryError: too large\n", "MemoryError: too large"),
+        (2, "", "exit status 2"),
+        (-9, "UserWarning: of something else\n", "killed by signal 9, perhaps for lack of memory"),
+    ],
+)
+def test_a_process_that_ends_badly_says_why(
+    status: int, stderr: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.CompletedProcess([], status, stdout="", stderr=stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-    with pytest.raises(RuntimeError, match=r"^MemoryError: too large$"):
+    with pytest.raises(RuntimeError, match=f"^{told}$"):
         compare_diffusers.in_a_process(compare_diffusers.Case("unet", "tiny", "float32"), "ours")
+
+
+@pytest.mark.parametrize(
+    ("compiles", "clock", "seconds"),
+    [
+        (False, [0.9, 0.3, 5.0, 1.0, 2.0, 9.0], 3.5),  # the second warm-up of 0.3 s gives 4 turns, whose median it is
+        (False, [9.0, 0.001, *range(21)], 10.0),  # at most 21 turns
+        (False, [30.0, 2.0, 7.0], 7.0),
+        (False, [31.0, 7.0], 7.0),  # a long one is its own warm-up
+        (True, [31.0, 0.4, 1.0, 5.0, 9.0], 5.0),  # but the first one compiles
+    ],
+)
+def test_a_turn_alone_is_warmed_up_and_a_median(
+    compiles: bool, clock: list[float], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(clock)
+    monkeypatch.setitem(compare_diffusers.WORK, "unet", lambda case, side: None)
+    monkeypatch.setattr(compare_diffusers, "seconds", lambda work, device: next(left))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)
+    case = compare_diffusers.Case("unet", "tiny", "float32", "cuda", compiles)
+    assert compare_diffusers.alone("ours", case) == {"seconds": seconds, "memory_mb": 5.0}
+    assert next(left, None) is None  # all turns were taken
+
+
+def test_a_ratio_is_a_median_with_the_smallest_and_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"ours": [2.0, 1.0, 1.0], "documented": [2.0, 6.0, 2.0], "tuned": [1.0, 1.0, 1.0]}
+    monkeypatch.setattr(compare_diffusers, "time_in_turn", lambda case, rounds: times)
+    monkeypatch.setattr(compare_diffusers, "peak_memory", lambda case, side: None)
+    result = compare_diffusers.measure(compare_diffusers.Case("unet", "tiny", "float32"), 3)
+    assert result["documented"] == {"median": 2.0, "least": 1.0, "most": 6.0}
+    assert result["tuned"] == {"median": 1.0, "least": 0.5, "most": 1.0}
+
+
+def test_turns_apart_have_a_table_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Else two rows of the same name would stand below each other."""
+    ratio = {"median": 2.0, "least": 1.0, "most": 3.0}
+    result = {"row": "unet", "model": "tiny", "dtype": "float32", "compile": False, "documented": ratio, "tuned": ratio}
+    result |= {"memory_mb": dict.fromkeys(contestants.SIDES[:3], 100), "device_name": "x"}
+    older, apart, other = result, result | {"apart": True}, result | {"apart": True, "device_name": "y"}
+    (tmp_path / "results.json").write_text(json.dumps([apart, older, other]))
+    monkeypatch.setattr(compare_diffusers, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr("sys.argv", ["compare", "--table"])
+    compare_diffusers.main()
+    one, of_its_own = compare_diffusers.table([result]), "each turn in a process of its own:"
+    assert capsys.readouterr().out == "\n".join(["x:", one, of_its_own, one, "y:", of_its_own, one]) + "\n"
+
+
+def test_a_table_whose_reader_has_enough_ends_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        measuring.print_to_the_end("a table")
 
 
 def test_processes_of_the_documented_side_have_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +323,18 @@ def test_processes_of_the_documented_side_have_small_pages(monkeypatch: pytest.M
     for side in contestants.SIDES:
         compare_diffusers.in_a_process(compare_diffusers.Case("unet", "tiny", "float32"), side)
     assert asked == ["1", "0", "1", "0"]
+
+
+@pytest.mark.skipif(
+    "[never]" in (LARGE_PAGES.read_text() if LARGE_PAGES.is_file() else "[never]"), reason="needs Linux's large pages"
+)
+def test_all_sides_in_one_process_have_large_pages() -> None:
+    """Importing a part of diffusers makes tensors, and PyTorch looks at its switch only once: the package sets it."""
+    code = "import benchmarks, torch; held = torch.ones(16_000_000);"
+    code += "print(open('/proc/self/smaps_rollup').read().split('AnonHugePages:')[1].split()[0])"
+    unset = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=unset, capture_output=True, text=True)
+    assert int(ended.stdout) > 32_000, ended.stderr  # KB of 64 MB
 
 
 def test_results_are_kept_one_for_each_case_and_machine(
@@ -349,15 +431,17 @@ def test_a_comparison_is_measured_in_turn_and_shown(tiny: None, monkeypatch: pyt
 
     monkeypatch.setitem(compare_diffusers.WORK, "unet", work)
     monkeypatch.setattr(compare_diffusers, "seconds", seconds)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: calls.append("forget what was compiled"))
     monkeypatch.setattr(compare_diffusers, "peak_memory", lambda case, side: 100 * cost[side])
     result = compare_diffusers.measure(compare_diffusers.Case("unet", "tiny", "float32"), 3)
-    assert calls[6:] == "tuned documented ours documented tuned ours documented ours tuned".split()
+    assert calls[0] == "forget what was compiled"
+    assert calls[7:] == "tuned documented ours documented tuned ours documented ours tuned".split()
     assert result["documented"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     last = compare_diffusers.table([result]).splitlines()[-1]
     assert last == "| unet | tiny | float32 | 2.00× (2.00…2.00) | 1.50× (1.50…1.50) |  | 100, 200, 150 |"
 
 
-def test_the_profile_accounts_for_the_time_of_all_sides(tiny: None) -> None:
+def test_the_profile_accounts_for_the_time_of_all_sides(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A U-Net's time is convolutions, products and attention, whoever wrote it."""
     case = compare_diffusers.Case("unet", "tiny", "float32")
     spent = compare_diffusers.profile(case, "documented")
@@ -366,8 +450,72 @@ def test_the_profile_accounts_for_the_time_of_all_sides(tiny: None) -> None:
     head, _, *rows, last = compare_diffusers.profile_table(case).splitlines()
     assert head == "| unet, tiny, float32 | ours | documented | tuned |"
     assert len(rows) == len(spent) and last.startswith("| together | 100% |")
-    step = compare_diffusers.profile(compare_diffusers.Case("train", "tiny", "float32"), "ours")
-    assert step["optimizer"] > 0
+    weight = torch.ones(100_000, requires_grad=True)
+    weight.grad, optimizer = torch.ones(100_000), torch.optim.AdamW([weight])  # whose plain loop is elementwise
+    monkeypatch.setitem(compare_diffusers.WORK, "train", lambda case, side: optimizer.step)
+    step = compare_diffusers.profile(compare_diffusers.Case("train", "tiny", "float32"), "documented")
+    assert step["optimizer"] == sum(step.values()) > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_profile_is_the_fastest_turn_by_what_operators_do_themselves(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a step of the optimizer calls is the optimizer's, whatever it is called."""
+    pace = iter((5, 3, 1, 4, 2))
+
+    class Profiler:
+        def __init__(self, **_: object) -> None:
+            self.pace = next(pace) * 1e6
+
+        def __enter__(self) -> "Profiler":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def event(self, name: str, own: float, cpu_parent: SimpleNamespace | None = None) -> SimpleNamespace:
+            times = {"self_cpu_time_total": 99, "self_device_time_total": 99, "cpu_time_total": 99}
+            times[f"self_{'cpu' if device == 'cpu' else 'device'}_time_total"] = own * self.pace
+            return SimpleNamespace(name=name, cpu_parent=cpu_parent, **times)
+
+        def events(self) -> list[SimpleNamespace]:
+            step = self.event("Optimizer.step#AdamW.step", 1)
+            root = self.event("aten::sqrt", 2, step)
+            others = {"aten::mkldnn_convolution": 8, "aten::addmm": 16, "aten::_softmax": 32, "aten::normal_": 64}
+            others |= {"aten::native_group_norm": 128, "aten::_foreach_mul_": 256}
+            return [step, root, self.event("aten::linear", 4, root), *(self.event(*each) for each in others.items())]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    monkeypatch.setitem(compare_diffusers.WORK, "train", lambda case, side: lambda: None)
+    spent = compare_diffusers.profile(compare_diffusers.Case("train", "tiny", "float32", device), "ours")
+    expected = {"convolutions": 8, "matrix products": 16, "attention": 32, "norms": 128, "optimizer": 7}
+    assert spent == expected | {"the rest": 64 + 256}
+
+
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
+def test_scaling_and_the_rate_it_is_held_against_have_the_precision_of_training(
+    low: torch.dtype, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(scaling, "resolve_precision", lambda name, device: low)
+    monkeypatch.setattr(scaling, "matrix_rate", lambda device, dtype: asked.append(dtype) or 1e9)
+    monkeypatch.setattr(scaling, "row", lambda *_: [])
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr("sys.argv", ["scaling", "--rows", "batch"])
+    scaling.main()
+    assert asked == [low]
+    assert scaling.training("tiny", torch.device("cpu"), tmp_path, images=5, batch=2, side=64).precision == low
+
+
+def test_our_training_is_laid_out_and_scaled_as_the_script_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, batches = tiny_unet().eval().to(memory_format=torch.channels_last), []
+    monkeypatch.setattr(contestants, "train_step", lambda *args: batches.append(args[2]))
+    moments = torch.cat([torch.ones(4, 1, 4, 8, 8), torch.full((4, 1, 4, 8, 8), -60.0)], dim=2)  # no variance
+    contexts = torch.randn(5, 77, unet.config.context_dim)
+    trainer = contestants.Training(unet, moments, contexts, 4, torch.float32)
+    trainer.step()
+    torch.testing.assert_close(batches[0].latents, torch.full((4, 4, 8, 8), VAEConfig().scaling_factor))
+    assert trainer.unet.training and trainer.unet.conv_in.weight.is_contiguous()
 
 
 def test_scaling_measures_every_value_of_a_row(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,7 @@ def test_other_threads_compute_with_the_weights_as_they_were(model, monkeypatch)
             if isinstance(layer, PackedLinear) and layer.packed is not None:
                 layer.packed = (layer.packed.to_dense() / 2).to_mkldnn()
         assert torch.equal(in_another_thread(alone), plain) and torch.equal(in_another_thread(mixed), low)
+        assert torch.equal(mixed(), low)  # nor does this thread, where it asks for another precision
         assert packed_layers(model.unet) != []
 
 
@@ -302,6 +303,11 @@ def test_layers_that_compute_otherwise_are_left_alone(model, monkeypatch):
         assert packed_layers(model.unet) == []
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 0 * nn.functional.linear(x, self.weight, self.bias))
     with packed(model.unet, 9):
+        assert packed_layers(model.unet) == []
+
+
+def test_without_onednn_all_is_left_alone(model):
+    with torch.backends.mkldnn.flags(enabled=False), packed(model.unet, 9):
         assert packed_layers(model.unet) == []
 
 

@@ -491,6 +491,11 @@ def test_bits_depend_neither_on_neighbours_nor_on_threads(
     assert all(torch.equal(a, b) for a, b in zip(together, one_by_one, strict=True)) and inside == {1}
 
 
+def test_a_batch_of_the_vae_has_1_to_64_images() -> None:
+    sizes, gpu = (64, 128, 256, 512, 2048), torch.device("cuda")
+    assert [captioned_latents.images_at_once(size, gpu) for size in sizes] == [64, 64, 16, 4, 1]
+
+
 def test_no_more_is_encoded_beside_each_other_than_memory_has_room_for(
     tmp_path: Path, models: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:

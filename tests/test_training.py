@@ -537,6 +537,24 @@ def test_the_average_moves_by_one_minus_its_decay() -> None:
     torch.testing.assert_close(ema.module.weight, old + 0.1 + 0.9 * 0.9)
 
 
+def test_an_average_on_another_device_moves_as_far() -> None:
+    """Each parameter is brought to it, one by one."""
+    module, bring = torch.nn.Linear(2, 2), []
+    ema, before = EMA(module, 0.9), [p.clone() for p in module.parameters()]
+
+    def elsewhere(parameter: torch.Tensor) -> SimpleNamespace:
+        def to(device: torch.device) -> torch.Tensor:
+            bring.append(device)
+            return parameter + 1
+
+        return SimpleNamespace(requires_grad=True, device=torch.device("meta"), to=to)
+
+    ema.update(SimpleNamespace(parameters=lambda: map(elsewhere, module.parameters())), step=10_000)
+    for average, old in zip(ema.module.parameters(), before, strict=True):
+        torch.testing.assert_close(average, old + 0.1)
+    assert bring == [torch.device("cpu")] * 2
+
+
 @pytest.mark.parametrize("decay", ["0.9", "0"])
 def test_a_run_judges_samples_and_saves_the_average_and_sets_the_rate(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay: str

@@ -88,6 +88,25 @@ def test_attention_and_its_gradients_are_those_of_pytorch(dtype: torch.dtype, le
         assert relative_error(a.double(), b) < tolerance
 
 
+@pytest.mark.parametrize(
+    ("dtype", "trains", "keys", "device", "fused"),
+    [
+        (torch.bfloat16, True, 256, "cpu", False),
+        (torch.bfloat16, True, 257, "cpu", True),
+        (torch.bfloat16, False, 77, "cpu", True),
+        (torch.float32, True, 77, "cpu", True),
+        (torch.bfloat16, True, 77, "meta", True),
+    ],
+)
+def test_only_training_in_bfloat16_on_a_cpu_leaves_pytorchs_kernel(
+    dtype: torch.dtype, trains: bool, keys: int, device: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda *a: calls.append(a) or kernel(*a))
+    q, k, v = (torch.zeros(1, 1, n, 8, dtype=dtype, device=device, requires_grad=trains) for n in (9, keys, keys))
+    assert attend(q, k, v).shape == q.shape and len(calls) == fused
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(("height", "width", "length"), [(16, 16, 77), (24, 16, 5), (10, 14, 154)])
 def test_equals_diffusers(name: str, height: int, width: int, length: int) -> None:
