@@ -10,7 +10,7 @@ Several take turns: this repository; diffusers as its documentation uses it, in 
 in float32, too, its default; and diffusers tuned with what we do (memory layout, large pages, fused optimizer,
 `--compile`). A ratio is their time over ours in the same round: above 1, ours is faster. The table has the median over
 the rounds and, in brackets, the smallest and the largest. Memory is the peak of a process of its own (CPU), or of what
-PyTorch allocated (CUDA). In one process all sides have the large pages that importing this repository asks for; with
+PyTorch allocated (CUDA). In one process all sides have large pages (see benchmarks/__init__.py and vae_model.py); with
 `--apart` each turn is a process of its own, which warms up before it is timed, and the documented side has none. Such
 results are kept beside those of one process. Results are added to compare_diffusers.json.
 """

@@ -79,6 +79,7 @@ FAULTS = [
     Fault("steps of NaN taken", REPRODUCIBLE, "optimizer.found_inf, optimizer.grad_scale = (~norm.isfinite()).float(), None", "pass", "test_training.py::test_a_gradient_that_is_not_finite_changes_nothing"),
     Fault("norms and biases decay", REPRODUCIBLE, '"weight_decay": 0.0}', '"weight_decay": weight_decay}', "test_training.py::test_gains_and_biases_do_not_decay"),
     Fault("EMA with its weights swapped", REPRODUCIBLE, "_foreach_lerp_(averages, current, 1 - decay)", "_foreach_lerp_(averages, current, decay)", "test_training.py::test_the_average_moves_by_one_minus_its_decay"),
+    Fault("EMA on another device with its weights swapped", REPRODUCIBLE, "average.lerp_(parameter.to(average.device), 1 - decay)", "average.lerp_(parameter.to(average.device), decay)", "test_training.py::test_an_average_on_another_device_moves_as_far"),
     Fault("EMA never updated", UNET, "self.ema.update(self.unet, step)", "pass", KILLED + "[average-4]"),
     Fault("EMA remembers its start", REPRODUCIBLE, "min(self.decay, (1 + step) / (10 + step))", "self.decay", "test_training.py::test_the_average_moves_by_one_minus_its_decay"),
     Fault("another decay of the average", UNET, "EMA(self.unet, options.ema_decay, average_on)", "EMA(self.unet, 0.99, average_on)", JUDGED),
@@ -98,6 +99,7 @@ FAULTS = [
     Fault("mirrored copies not found", "evaluation/copying.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", COPIES + "[False]"),
     # Attention
     Fault("attention not scaled where it is spelled out", "diffusion_model.py", "(q * q.shape[-1] ** -0.5) @ k.mT", "q @ k.mT", "test_unet.py::test_attention_and_its_gradients_are_those_of_pytorch[dtype1-77]"),
+    Fault("attention spelled out where nothing is trained", "diffusion_model.py", "if q.requires_grad and q.device", "if q.device", "test_unet.py::test_only_training_in_bfloat16_on_a_cpu_leaves_pytorchs_kernel"),
     # Memory layout
     Fault("CPUs train channels-last", "diffusion_model.py", 'channels_last = torch.device(device).type == "cuda"', 'channels_last = torch.device(device).type != "cuda"', "test_unet.py::test_on_a_cpu_it_is_laid_out_contiguous"),
     Fault("VAE contiguous on CPUs", "vae_model.py", 'if x.device.type == "cpu" else x', 'if x.device.type == "cuda" else x', "test_vae.py::test_feature_maps_are_channels_last_on_a_cpu_and_weights_and_outputs_as_files_want_them"),
@@ -182,6 +184,10 @@ FAULTS = [
     # The comparison
     Fault("their gradients not clipped", "benchmarks/compare_diffusers.py", "        nn.utils.clip_grad_norm_(parameters, 1.0)\n", "", "test_benchmarks.py::test_all_sides_do_the_same_work[train-float32]"),
     Fault("memory as it is left, not its peak", "benchmarks/compare_diffusers.py", "VmHWM:", "VmRSS:", "test_benchmarks.py::test_memory_is_the_peak_and_not_what_is_left"),
+    Fault("the smallest ratio called the largest", "benchmarks/compare_diffusers.py", '"least": min(ratios), "most": max(ratios)', '"least": max(ratios), "most": min(ratios)', "test_benchmarks.py::test_a_ratio_is_a_median_with_the_smallest_and_the_largest"),
+    Fault("a turn timed that was not warmed up after compiling", "benchmarks/compare_diffusers.py", "once > 30 and not case.compile", "once > 30", "test_benchmarks.py::test_a_turn_alone_is_warmed_up_and_a_median"),
+    Fault("what an optimizer calls is not the optimizer's", "benchmarks/compare_diffusers.py", "above = above.cpu_parent", "above = None", "test_benchmarks.py::test_the_profile_is_the_fastest_turn_by_what_operators_do_themselves[cpu]"),
+    Fault("our latents not scaled", "benchmarks/contestants.py", "lambda latents: latents * 0.18215", "lambda latents: latents", "test_benchmarks.py::test_our_training_is_laid_out_and_scaled_as_the_script_does_it"),
     # Guidance
     Fault("scale 0 outside of the interval, too", "guidance.py", "torch.cat([empty, context])), context", "torch.cat([empty, context])), (empty if self.scale == 0 else context)", "test_sampling.py::test_guidance_between_two_noise_levels"),
     # LoRA
