@@ -96,7 +96,7 @@ def _run(
     torch.set_num_threads(1)
     # The dearest parts of a tiny run, which have tests of their own.
     memory_forecast.rehearse_step = lambda *_: 0
-    memory_forecast.rehearse_rest = lambda *_: {"preview": 0, "encoding": 0}
+    memory_forecast.rehearse_rest = lambda *_: dict.fromkeys(("preview", "encoding"), 0)
     Figure.savefig = lambda self, file, **_: Path(file).write_bytes(b"a plot")
     sys.argv = [f"{script}.py", *argv]
     captioned_latents.PIXELS_AT_ONCE["cpu"] = 1  # image by image: moments enough to be killed in

@@ -112,7 +112,7 @@ from training.script import run
 
 torch.set_num_threads(1)
 memory_forecast.rehearse_step = lambda *_: 0
-memory_forecast.rehearse_rest = lambda *_: {"preview": 0, "encoding": 0}
+memory_forecast.rehearse_rest = lambda *_: dict.fromkeys(("preview", "encoding"), 0)
 calls, train_step = 0, script.train_step
 
 def fails_once(*args):
