@@ -503,6 +503,7 @@ def test_a_network_with_compiled_parts_is_left_alone(model):
 def test_who_samples_within_a_sampling_leaves_it_as_it_was(model, monkeypatch):
     monkeypatch.setattr("sampling.packed.FROM_CALLS", 8)
     this = sampling.packed.THIS_THREAD
+    monkeypatch.setattr(this, "packed", False, raising=False)  # a test before may have packed for good
     with packed(model.unet, 9):
         with packed(model.unet, 1):
             assert not this.packed
