@@ -187,7 +187,7 @@ def validation_losses(
 ) -> list[float]:
     """Unweighted losses on held-out images at fixed noise, in the order of their timesteps, which are evenly spread.
 
-    Chunks of them go to processes in turn, and are put in one order, so that nothing depends on how many there are.
+    Chunks go to processes in turn, and are put in one order, so that nothing depends on how many there are.
     Between them a stop is looked for, which all processes heed together (`PostponedError`).
     """
     device, processes = held_out.device, reporter.processes

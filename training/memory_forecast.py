@@ -135,6 +135,11 @@ def rehearse_rest(
     return peaks
 
 
+def kernels_of(device: torch.device) -> str:
+    """The device whose autocast and attention are rehearsed for another."""
+    return device.type if device.type == "cuda" else "cpu"
+
+
 def bytes_of(module: nn.Module, trained_only: bool = False) -> int:
     """Bytes of a network's weights, or of those that are trained."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained_only)
@@ -194,10 +199,11 @@ def forecast(
     on_cpu = device.type == "cpu"
     trained = bytes_of(unet, trained_only=True)
     is_lora = trained < bytes_of(unet)
-    kernels = device.type if device.type == "cuda" else "cpu"  # whose autocast and attention are rehearsed
     moments: dict[str, int] = {}
     with contextlib.suppress(Exception):  # a kernel that has no fake on this device keeps nobody from training
-        step = rehearse_step(unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels, adapt)
+        step = rehearse_step(
+            unet.config, latents, length, micro_batches > 1, precision, checkpointing, kernels_of(device), adapt
+        )
         moments = {"activations": step}
         moments |= rest()
     optimizer = {"Muon": trained} if muon else {"AdamW": 2 * trained}
@@ -252,8 +258,7 @@ def forecast_run(
         prompts = data.prompts(options.preview_prompts)[: 1 if device.type == "cpu" else None]  # that sample together
         encodes = images_at_once(options.resolution, device) * batches_at_once(model.vae, options.resolution, processes)
         counts = (encodes, len(prompts) * bool(options.preview_every))
-        kernels = device.type if device.type == "cuda" else "cpu"
-        how = (model.text_encoder.length, precision, *counts, kernels, adapt)
+        how = (model.text_encoder.length, precision, *counts, kernels_of(device), adapt)
         sizes = rehearse_rest(unet.config, model.vae.config, latents, *how)
         if device.type != "cpu":  # the VAE comes for the time of a preview; the U-Net is not there while it encodes
             sizes = {name: size + bytes_of(model.vae) * (name != "validation") for name, size in sizes.items()}
