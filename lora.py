@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from convolution import Conv3x3
+
 # Which layers may be adapted, by the end of their names: those of attention, as in the paper, or more.
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 FEED_FORWARD = (".ff.net.0.proj", ".ff.net.2")
@@ -82,7 +84,11 @@ class LoRAConv2d(_Adapted, nn.Conv2d):
     """A convolution with low-rank changes."""
 
 
-ADAPTED = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+class LoRAConv3x3(_Adapted, Conv3x3):
+    """One of 3×3 with low-rank changes."""
+
+
+ADAPTED = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d, Conv3x3: LoRAConv3x3}
 PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,7 +130,7 @@ def add_to(layer: nn.Module, rank: int, alpha: float, name: str) -> LowRank:
     return layer.changes[name]
 
 
-def adapted(network: nn.Module) -> dict[str, LoRALinear | LoRAConv2d]:
+def adapted(network: nn.Module) -> dict[str, LoRALinear | LoRAConv2d | LoRAConv3x3]:
     """The layers that have changes, by name."""
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, _Adapted)}
 
@@ -195,7 +201,7 @@ def _is_merged(network: nn.Module) -> bool:
     return any(layer.unmerged for layer in adapted(network).values())
 
 
-def _make_plain(layer: LoRALinear | LoRAConv2d) -> None:
+def _make_plain(layer: LoRALinear | LoRAConv2d | LoRAConv3x3) -> None:
     """A layer of its first class, with the weight that it has now."""
     del layer.changes, layer.unmerged
     layer.__class__ = PLAIN[type(layer)]

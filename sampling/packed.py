@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convolution import Conv3x3
 from diffusion_model import UNet
-from lora import PLAIN, LoRAConv2d, LoRALinear
+from lora import PLAIN, LoRAConv2d, LoRAConv3x3, LoRALinear
 
 FROM_CALLS = 8  # for fewer, ordering takes longer than it saves
 LINEAR_FROM = 2**16  # numbers in a weight; smaller ones are products of MKL in float32, which are as fast or faster
@@ -49,7 +50,7 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with ONE_AT_A_TIME:
             kind = type(self)
-            if not issubclass(kind, Packed) or torch.is_grad_enabled():
+            if not issubclass(kind, Packed) or torch.is_grad_enabled() or kind.is_faster_unpacked(self, x):
                 return type(_as_it_was(self)).forward(self, x)
             here = getattr(THIS_THREAD, "packed", False) and not torch.is_autocast_enabled("cpu")
             if here and self.packed is None and x.dtype == self.weight.dtype:
@@ -77,6 +78,10 @@ class Packed(nn.Module):
 
 
 class PackedConv2d(Packed, nn.Conv2d):
+    def is_faster_unpacked(self, x: Tensor) -> bool:
+        """Large feature maps: what `Conv3x3` makes of the weight costs little beside the half that it saves there."""
+        return issubclass(self.plain, Conv3x3) and self.packed is None and Conv3x3.is_faster_by_winograd(self, x)
+
     def ordered(self, weight: Tensor, x: Tensor) -> Tensor:
         how = self.padding, self.stride, self.dilation, self.groups
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape)
@@ -89,6 +94,9 @@ class PackedConv2d(Packed, nn.Conv2d):
 
 
 class PackedLinear(Packed, nn.Linear):
+    def is_faster_unpacked(self, x: Tensor) -> bool:
+        return False
+
     def ordered(self, weight: Tensor, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // self.in_features)
 
@@ -98,7 +106,8 @@ class PackedLinear(Packed, nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
 
 
-PACKED = {nn.Conv2d: PackedConv2d, LoRAConv2d: PackedConv2d, nn.Linear: PackedLinear, LoRALinear: PackedLinear}
+PACKED = dict.fromkeys((nn.Conv2d, Conv3x3, LoRAConv2d, LoRAConv3x3), PackedConv2d)
+PACKED |= dict.fromkeys((nn.Linear, LoRALinear), PackedLinear)
 
 
 class _Sampling:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sampling.packed
-from lora import LoRAConv2d, LoRALinear, add, merge, remove, set_scale
+from lora import LoRAConv3x3, LoRALinear, add, merge, remove, set_scale
 from published.lora_files import write_lora
 from sampling.packed import Packed, PackedConv2d, PackedLinear, pack, packed, unpack
 from stable_diffusion_model import StableDiffusion
@@ -176,7 +176,7 @@ def test_layers_with_low_rank_changes_compute_as_ever(model, monkeypatch):
     (change,) = add(model.unet, [name], rank=2, alpha=2.0)
     nn.init.normal_(change.to(model.dtype).up.weight)
     with packed(model.unet, 9):
-        assert type(model.unet.get_submodule(name)) is LoRAConv2d
+        assert type(model.unet.get_submodule(name)) is LoRAConv3x3
     changed = image(model)
     monkeypatch.setattr("sampling.packed._dtypes_of_onednn", set)
     assert changed == image(model) != plain
@@ -193,7 +193,7 @@ def test_changes_that_are_merged_are_packed_with_their_layer(model, monkeypatch)
     merge(model.unet)
     with torch.no_grad(), packed(model.unet, 9):
         assert {type(model.unet.get_submodule(name)) for name in names} == {PackedConv2d, PackedLinear}
-    assert changed != base and {type(model.unet.get_submodule(name)) for name in names} == {LoRAConv2d, LoRALinear}
+    assert changed != base and {type(model.unet.get_submodule(name)) for name in names} == {LoRAConv3x3, LoRALinear}
     set_scale(model.unet, "default", 0.0)
     assert image(model) == base
 

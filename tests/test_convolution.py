@@ -1,0 +1,197 @@
+"""F(4, 3) is the direct convolution up to its last bits, whatever the size, and is not used where it does not pay."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from tiny import tiny_model
+from torch import Tensor, nn
+
+import convolution
+import lora
+from convolution import Conv3x3, convolve, filters_of
+from diffusion_model import UNet, UNetConfig
+from published import unet_dict, vae_dict
+from sampling.packed import Packed, pack, unpack
+from vae_model import VAE, VAEConfig
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """The shapes of the weights that were convolved by F(4, 3)."""
+    shapes: list[tuple] = []
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return convolve(x, weight, bias)
+
+    monkeypatch.setattr(convolution, "convolve", noted)
+    return shapes
+
+
+@pytest.mark.parametrize("rows_of", [1, 600, 2**20], ids=["four rows at a time", "some", "all"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3), (4, 4), (5, 7), (9, 2), (10, 5), (11, 16), (33, 40)])
+def test_it_is_the_direct_convolution(size, rows_of, monkeypatch) -> None:
+    monkeypatch.setattr(convolution, "ROWS_OF", rows_of)
+    torch.manual_seed(0)
+    x, layer = channels_last(2, 6, *size).double(), nn.Conv2d(6, 5, 3, padding=1).double()
+    with torch.no_grad():
+        torch.testing.assert_close(convolve(x, layer.weight, layer.bias), layer(x), rtol=0, atol=1e-13)
+        without = F.conv2d(x, layer.weight, padding=1)
+        torch.testing.assert_close(convolve(x, layer.weight), without, rtol=0, atol=1e-13)
+
+
+def test_in_float32_it_is_exact_to_a_hundred_thousandth_and_an_image_has_the_same_bits_in_any_batch(calls) -> None:
+    torch.manual_seed(0)
+    x, layer = channels_last(3, 128, 33, 35), Conv3x3(128, 96)
+    with torch.no_grad():
+        y, exact = layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+        assert (y - exact).abs().max() < 3e-5 * exact.std() and (y - exact).square().mean().sqrt() < 5e-6 * exact.std()
+        assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == torch.float32
+        alone = torch.cat([layer(x[i : i + 1].contiguous(memory_format=torch.channels_last)) for i in range(3)])
+    assert len(calls) == 4 and torch.equal(alone, y)
+
+
+def test_six_filters_are_values_of_a_polynomial() -> None:
+    """At 0, ±1, ±2 and ∞, over the product of a point's distances from the others; at 0 and ∞ these are in the rows."""
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    points, at = (0, 1, -1, 2, -2), lambda z: weight[:, :, 0] + z * weight[:, :, 1] + z * z * weight[:, :, 2]
+    for point, filter in list(zip(points, filters_of(weight), strict=False))[1:]:
+        distances = torch.tensor([point - other for other in points if other != point]).prod()
+        torch.testing.assert_close(filter[:, :, 0], at(point) / distances)
+    first, *_, last = filters_of(weight)
+    assert torch.equal(first[:, :, 0], weight[:, :, 0]) and torch.equal(last[:, :, 0], weight[:, :, 2])
+
+
+def reasons() -> dict[str, Callable[[Conv3x3], Tensor]]:
+    """Why a convolution is computed as PyTorch does it: each changes a layer, and gives an input."""
+
+    def circular(layer: Conv3x3) -> Tensor:
+        layer.padding_mode, layer._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+        return channels_last(1, 32, 32, 32)
+
+    return {
+        "gradients": lambda layer: channels_last(1, 32, 32, 32).requires_grad_(),
+        "a small map": lambda layer: channels_last(1, 32, 31, 33),
+        "feature maps that are contiguous": lambda layer: torch.randn(1, 32, 32, 32),
+        "another dtype": lambda layer: layer.double() and channels_last(1, 32, 32, 32).double(),
+        "no batch": lambda layer: torch.randn(32, 32, 32),
+        "circular padding": circular,
+    }
+
+
+@pytest.mark.parametrize("why", reasons())
+def test_elsewhere_it_is_pytorchs_own(why, calls) -> None:
+    layer = Conv3x3(32, 32)
+    x = reasons()[why](layer)
+    with torch.set_grad_enabled(why == "gradients"):
+        mode = {"mode": "circular"} if why == "circular padding" else {}
+        padded = F.pad(x, (1, 1, 1, 1), **mode)
+        assert torch.allclose(layer(x), F.conv2d(padded, layer.weight, layer.bias), atol=1e-6)
+    assert calls == []
+    for few in (Conv3x3(31, 32), Conv3x3(32, 31)):
+        with torch.no_grad():
+            few(channels_last(1, few.in_channels, 32, 32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        Conv3x3(32, 32)(channels_last(1, 32, 32, 32))
+    with torch.no_grad():
+        Conv3x3(32, 32).bfloat16()(channels_last(1, 32, 32, 32).bfloat16())
+    assert calls == []
+    with torch.no_grad():
+        Conv3x3(32, 32)(channels_last(1, 32, 32, 32))
+    assert calls == [(32, 32, 3, 3)]
+
+
+def test_compiled_it_is_pytorchs_own(calls) -> None:
+    layer, x = Conv3x3(32, 32), channels_last(1, 32, 32, 32)
+    with torch.no_grad():
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert calls == []
+
+
+def test_another_programs_convolution_is_used(calls) -> None:
+    layer = Conv3x3(32, 32)
+    layer._conv_forward = lambda x, weight, bias: torch.zeros(1)
+    with torch.no_grad():
+        assert layer(channels_last(1, 32, 32, 32)).shape == (1,)
+    assert calls == []
+
+
+def test_low_rank_changes_are_added_and_it_is_a_conv3x3_again_without_them(calls) -> None:
+    torch.manual_seed(0)
+    network, x = nn.ModuleDict({"conv": Conv3x3(32, 40)}), channels_last(2, 32, 32, 33)
+    with torch.no_grad():
+        plain = network["conv"](x)
+        (change,) = lora.add(network, ["conv"], rank=2, alpha=2.0)
+        nn.init.normal_(change.up.weight)
+        torch.testing.assert_close(network["conv"](x), plain + change(x))
+        lora.remove(network, "default")
+        assert type(network["conv"]) is Conv3x3 and torch.equal(network["conv"](x), plain)
+    assert len(calls) == 3
+
+
+def test_both_networks_are_those_of_diffusers_by_it(calls) -> None:
+    """At sizes that are large enough for it; the parity tests of each network are at smaller ones."""
+    torch.manual_seed(0)
+    shape = UNetConfig(
+        block_out_channels=(32, 64), attention_levels=(False, True), context_dim=16, num_attention_heads=2
+    )
+    unet, vae = UNet(shape).eval(), VAE(VAEConfig(block_out_channels=(32, 64, 64, 64))).eval()
+    for parameter in unet.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    pairs = [(UNet2DConditionModel, unet_dict(shape), unet), (AutoencoderKL, vae_dict(vae.config), vae)]
+    their_unet, their_vae = (kind.from_config(config).eval() for kind, config, _ in pairs)
+    their_unet.load_state_dict(unet.state_dict())
+    their_vae.load_state_dict(vae.state_dict())
+    x, t, context = channels_last(2, 4, 64, 72), torch.tensor([9, 800]), torch.randn(2, 7, 16)
+    images, latents = torch.randn(1, 3, 256, 256), torch.randn(1, 4, 32, 32)
+    with torch.no_grad():
+        ours = [unet.to(memory_format=torch.channels_last)(x, t, context), vae.encode(images).mean, vae.decode(latents)]
+        assert len(calls) > 40
+        theirs = [their_unet(x, t, context).sample, their_vae.encode(images).latent_dist.mean]
+        theirs.append(their_vae.decode(latents).sample)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-5 * other.abs().max().item())
+
+
+def test_packing_leaves_large_maps_to_it_and_weights_as_they_were(calls) -> None:
+    torch.manual_seed(0)
+    shape = UNetConfig(block_out_channels=(32, 32), attention_levels=(False, False), context_dim=16, norm_num_groups=8)
+    unet = UNet(shape).eval().to(memory_format=torch.channels_last)
+    x, t, context = channels_last(2, 4, 32, 32), torch.tensor([9, 800]), torch.randn(2, 7, 16)
+    resnets, weights = unet.down_blocks[0].resnets, {name: w.clone() for name, w in unet.state_dict().items()}
+    with torch.no_grad():
+        plain = unet(x, t, context)
+        by_it = len(calls)
+        pack(unet)
+        torch.testing.assert_close(unet(x, t, context), plain, rtol=0, atol=1e-5)
+        assert len(calls) == 2 * by_it > 0
+        assert type(resnets[0].conv1) is Conv3x3 and isinstance(unet.mid_block.resnets[0].conv1, Packed)
+        unet(
+            x[:, :, :16, :16].contiguous(memory_format=torch.channels_last), t, context
+        )  # a small map after a large one
+        unpack(unet)
+    assert all(torch.equal(weights[name], w) for name, w in unet.state_dict().items())
+
+
+def test_a_sampled_image_is_the_same(monkeypatch) -> None:
+    """The shipped sizes are larger than `tiny_model`'s, so the limits come down to it; pixels differ by rounding."""
+    torch.manual_seed(0)
+    model, how = tiny_model(), {"steps": 4, "height": 128, "width": 128, "progress": False}
+    with monkeypatch.context() as never:
+        never.setattr(convolution, "PIXELS_FROM", 10**9)
+        direct = model.sample("a red fox", **how)[0]
+    monkeypatch.setattr(convolution, "PIXELS_FROM", 16)
+    monkeypatch.setattr(convolution, "CHANNELS_FROM", 1)
+    pixels = [
+        torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).int()
+        for im in (direct, model.sample("a red fox", **how)[0])
+    ]
+    assert (pixels[0] - pixels[1]).abs().max() <= 1
