@@ -1,53 +1,82 @@
-"""3×3 convolutions of large feature maps on a CPU, in half the multiplications.
+"""The 3×3 convolutions of both networks; on a CPU, those of large feature maps take half the multiplications.
 
-Paper: Lavin & Gray 2016, arXiv:1509.09308, Section 4, after Winograd 1980: F(4, 3) makes four outputs of a filter of
-three numbers with six multiplications instead of twelve. Both are polynomials, their product is one of degree five, and
-six of its values say what it is; the values at 0, ±1, ±2 and ∞ need hardly anything but additions.
+Both ways are for inference, and equal to the direct one up to the order of sums:
 
-Here it goes down the rows: four rows of outputs come of six rows of inputs. Sums of rows are convolved with filters of
-one row (1×3), which is the work, and sums of these are the outputs. In float32 on two cores, a convolution of 128
-channels and more takes 0.5 to 0.7 of the time, and differs from the direct one in its last bits: both are exact to
-about 10⁻⁵ of the output's size. In bfloat16, whose eight bits such sums would halve, nothing is done.
+F(4, 3), in float32. Four outputs of a filter of three numbers need twelve multiplications, or six: outputs of a filter
+belong to a product of two polynomials, and a few values say what it is, here those at 0, ±1, ±2 and ∞, that take hardly
+more than additions (Winograd 1980; Lavin & Gray 2016, arXiv:1509.09308, Section 4). It goes down the rows: sums of six
+rows of the map are convolved with filters of one row (1×3), which is the work, and sums of these are four rows of
+outputs. It is exact to about 10⁻⁵ of the outputs, where the direct one is to 3·10⁻⁶.
+
+Repeated pixels. An upsampling repeats each pixel 2×2, and a 3×3 filter over such a map sees only 2×2 pixels of the
+small one; so four filters of 2×2, of weights added up, make the four pixels of the large one with four multiplications
+each instead of nine (Aitken et al. 2017, arXiv:1707.02937, Section 2.2).
+
+Filters are made of the weights in every call, so weights stay as they are. Convolutions of a thread or two take 0.5 to
+0.7 of the time; `python -m benchmarks.tricks` measures what becomes of a network.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PIXELS_FROM = 1024  # of a feature map; making the six filters takes longer than it saves on smaller ones
+PIXELS_FROM = 1024  # of a feature map; to make the filters takes longer than it saves on smaller ones
 CHANNELS_FROM = 32
-ROWS_OF = 2**20  # numbers that a sum of rows may hold; more do not fit into a CPU's cache
+ROWS_OF = 2**19  # numbers that a sum of rows may hold, so that some of them fit into a CPU's cache
 
 
 class Conv3x3(nn.Conv2d):
-    """(N, C_in, h, w) → (N, C_out, h, w), padded with zeros; for inference in float32 on a CPU by F(4, 3)."""
+    """(N, C_in, h, w) → (N, C_out, h, w), padded with zeros."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(x, weight, bias) if self.is_faster_by_winograd(x) else super()._conv_forward(x, weight, bias)
+        if x.dtype == torch.float32 and self.is_large(x, x.shape[-2:]):
+            return convolve(x, weight, bias)
+        return super()._conv_forward(x, weight, bias)
 
-    def is_faster_by_winograd(self, x: Tensor) -> bool:
-        """By the size of the map, not of the batch, so that an image has the same bits in any batch."""
+    def of_repeated(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The convolution of a map whose pixels are repeated up to `size`: (N, C_in, h, w) → (N, C_out, *size)."""
+        twice = tuple(size) == (2 * x.shape[-2], 2 * x.shape[-1])
+        many = size[0] * size[1] >= 2 * self.out_channels  # pixels of the large map, else the filters take too long
+        if twice and many and self.is_large(x, size) and self._is_as_written():
+            return convolve_repeated(x, self.weight.detach(), self.bias)
+        return self(F.interpolate(x, size=tuple(size), mode="nearest"))
+
+    def _is_as_written(self) -> bool:
+        """No other program looks in, and the weight is there."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or {"forward", "_conv_forward"} & vars(self).keys()
+        return not hooks and self.weight.numel() > 0
+
+    def is_large(self, x: Tensor, size: tuple[int, int]) -> bool:
+        """Whether it is worth it: by the map and not by the batch, so that an image has the same bits in any.
+
+        That is true of two and more at once, as guidance has them; of one alone, PyTorch's own may have others, too.
+        """
         return (
-            x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
+            not torch.compiler.is_compiling()
+            and size[0] * size[1] >= PIXELS_FROM
+            and min(self.in_channels, self.out_channels) >= CHANNELS_FROM
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype
+            and x.ndim == 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and self.padding_mode == "zeros"  # programs that make images for tiling put another one in its place
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and x.ndim == 4
-            and x.shape[-2] * x.shape[-1] >= PIXELS_FROM
-            and min(self.in_channels, self.out_channels) >= CHANNELS_FROM
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and self.padding_mode == "zeros"  # some make images that can be tiled by another one
         )
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 3×3 convolution, padded with zeros, by F(4, 3) down the rows.
+# ----------------------------------------------------------------------------------------------------------------------
+# F(4, 3)
+# ----------------------------------------------------------------------------------------------------------------------
 
-    (N, C_in, h, w), (C_out, C_in, 3, 3) → (N, C_out, h, w), channels-last. Some rows at a time, as a cache holds.
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 3×3 convolution, padded with zeros, by F(4, 3) down the rows, as many at a time as a cache holds.
+
+    (N, C_in, h, w), (C_out, C_in, 3, 3) → (N, C_out, h, w), channels-last.
     """
     filters, (h, w) = filters_of(weight), x.shape[-2:]
     fours, at_once = -(-h // 4), max(1, ROWS_OF // (w * max(weight.shape[:2])))
@@ -101,3 +130,30 @@ def _four_rows(x: Tensor, filters: list[Tensor], bias: Tensor | None, y: Tensor)
     torch.add(minus_one, minus_two, alpha=2, out=y[:, :, 1])
     torch.add(one, two, alpha=4, out=y[:, :, 2])
     torch.add(m5.add_(minus_one), minus_two, alpha=8, out=y[:, :, 3])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Repeated pixels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def convolve_repeated(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 3×3 convolution, padded with zeros, of a map that has each pixel of x 2×2 times.
+
+    (N, C_in, h, w), (C_out, C_in, 3, 3) → (N, C_out, 2h, 2w), channels-last.
+    """
+    n, _, h, w = x.shape
+    y = x.new_empty(n, h, 2, w, 2, len(weight))
+    for row, rows in enumerate(_halves(weight.to(torch.promote_types(weight.dtype, torch.float32)), 2)):
+        for column, filter in enumerate(_halves(rows, 3)):
+            filter = filter.to(x.dtype).contiguous(memory_format=torch.channels_last)
+            z = F.conv2d(x, filter, bias, padding=1)  # (N, C_out, h + 1, w + 1)
+            y[:, :, row, :, column] = z[:, :, row : row + h, column : column + w].movedim(1, -1)
+    return y.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """What a filter of three has of two neighbours: of the first of two equal pixels one and two, of the second two
+    and one."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)

@@ -89,7 +89,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         # The size of the skip that comes next, not a factor of 2: odd sizes were rounded up on the way down.
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv.of_repeated(x, size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

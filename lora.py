@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convolution import Conv3x3
@@ -86,6 +87,10 @@ class LoRAConv2d(_Adapted, nn.Conv2d):
 
 class LoRAConv3x3(_Adapted, Conv3x3):
     """One of 3×3 with low-rank changes."""
+
+    def of_repeated(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        beside = not self.unmerged and any(change.scale for change in self.changes.values())
+        return self(F.interpolate(x, size=tuple(size), mode="nearest")) if beside else super().of_repeated(x, size)
 
 
 ADAPTED = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d, Conv3x3: LoRAConv3x3}

@@ -33,6 +33,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def _silu(x: Tensor) -> Tensor:
+    """In place, but for gradients: of a map of 512×512, what is new costs more than what is computed."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions around a skip: (N, C_in, h, w) → (N, C_out, h, w)."""
 
@@ -46,9 +51,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
+        return h.add_(self.conv_shortcut(x))
 
 
 class SelfAttention(nn.Module):
@@ -101,7 +106,7 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv.of_repeated(x, (2 * x.shape[-2], 2 * x.shape[-1]))
 
 
 class Level(nn.Module):
@@ -176,7 +181,7 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)  # half the size at every level but the last
         x = self.mid_block(x)  # (N, C, h, w)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (N, 8, h, w)
+        return self.conv_out(_silu(self.conv_norm_out(x)))  # (N, 8, h, w)
 
 
 class Decoder(nn.Module):
@@ -200,7 +205,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))  # (N, C, h, w)
         for level in self.up_blocks:
             x = level(x)  # twice the size at every level but the last
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (N, 3, H, W)
+        return self.conv_out(_silu(self.conv_norm_out(x)))  # (N, 3, H, W)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

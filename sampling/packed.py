@@ -50,10 +50,10 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with ONE_AT_A_TIME:
             kind = type(self)
-            if not issubclass(kind, Packed) or torch.is_grad_enabled() or kind.is_faster_unpacked(self, x):
+            if not issubclass(kind, Packed) or torch.is_grad_enabled():
                 return type(_as_it_was(self)).forward(self, x)
             here = getattr(THIS_THREAD, "packed", False) and not torch.is_autocast_enabled("cpu")
-            if here and self.packed is None and x.dtype == self.weight.dtype:
+            if here and self.packed is None and x.dtype == self.weight.dtype and not kind.is_faster_plain(self, x):
                 with torch.inference_mode(False):
                     self.packed = kind.ordered(self, self.weight.data, x)
                     THIS_THREAD.emptied = getattr(THIS_THREAD, "emptied", 0) + self.weight.nbytes
@@ -61,8 +61,12 @@ class Packed(nn.Module):
                 if THIS_THREAD.emptied >= GIVE_BACK_EVERY:
                     give_memory_back()
                     THIS_THREAD.emptied = 0
-            weight = self.packed if here and x.dtype == self.weight.dtype else _plain_weight(self)
+            ordered = here and self.packed is not None and x.dtype == self.weight.dtype
+            weight = self.packed if ordered else _plain_weight(self)
         return kind.output(self, x, weight)
+
+    def is_faster_plain(self, x: Tensor) -> bool:
+        return False
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         return _as_it_was(self)._apply(*args, **kwargs)
@@ -78,10 +82,6 @@ class Packed(nn.Module):
 
 
 class PackedConv2d(Packed, nn.Conv2d):
-    def is_faster_unpacked(self, x: Tensor) -> bool:
-        """Large feature maps: what `Conv3x3` makes of the weight costs little beside the half that it saves there."""
-        return issubclass(self.plain, Conv3x3) and self.packed is None and Conv3x3.is_faster_by_winograd(self, x)
-
     def ordered(self, weight: Tensor, x: Tensor) -> Tensor:
         how = self.padding, self.stride, self.dilation, self.groups
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape)
@@ -93,10 +93,13 @@ class PackedConv2d(Packed, nn.Conv2d):
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *how, "none", [], "")
 
 
-class PackedLinear(Packed, nn.Linear):
-    def is_faster_unpacked(self, x: Tensor) -> bool:
-        return False
+class PackedConv3x3(PackedConv2d, Conv3x3):
+    def is_faster_plain(self, x: Tensor) -> bool:
+        """Large maps in float32, for which it makes other filters of its weight."""
+        return x.dtype == torch.float32 and self.is_large(x, x.shape[-2:])
 
+
+class PackedLinear(Packed, nn.Linear):
     def ordered(self, weight: Tensor, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // self.in_features)
 
@@ -106,8 +109,8 @@ class PackedLinear(Packed, nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
 
 
-PACKED = dict.fromkeys((nn.Conv2d, Conv3x3, LoRAConv2d, LoRAConv3x3), PackedConv2d)
-PACKED |= dict.fromkeys((nn.Linear, LoRALinear), PackedLinear)
+PACKED = {nn.Conv2d: PackedConv2d, Conv3x3: PackedConv3x3, nn.Linear: PackedLinear}
+PACKED |= {LoRAConv2d: PackedConv2d, LoRAConv3x3: PackedConv3x3, LoRALinear: PackedLinear}
 
 
 class _Sampling:

@@ -17,13 +17,14 @@ import torch
 from PIL import Image, ImageOps
 
 import benchmarks
+import convolution
 import monsters
 import stable_diffusion_model
-from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling, what_breaks
+from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling, tricks, what_breaks
 from evaluation.obedience import FIRST_UNSEEN, unseen_monsters
 from guidance import Guidance
 from noise_schedule import NoiseSchedule
-from sampling.packed import unpack
+from sampling.packed import Packed, PackedConv2d, PackedLinear, unpack
 from stable_diffusion_model import StableDiffusion
 from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_unet, tiny_vae
@@ -375,7 +376,7 @@ def test_each_way_of_measuring_has_its_result(tiny: None, tmp_path: Path, monkey
         file.write_text(json.dumps(results))
 
 
-@pytest.mark.parametrize("script", [compare_diffusers, quickstart, scaling, what_breaks])
+@pytest.mark.parametrize("script", [compare_diffusers, quickstart, scaling, tricks, what_breaks])
 @pytest.mark.parametrize("content", ["[{", "<<<<<<< HEAD\n[]", "{}", "[1]", "[{}]"])
 def test_a_damaged_file_of_results_is_told_before_anything_is_measured(
     script: object, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -396,6 +397,7 @@ def test_a_damaged_file_of_results_is_told_before_anything_is_measured(
     [
         (compare_diffusers, ["--rounds", "0"], "--rounds: must be 1 or more, not 0"),
         (compare_diffusers, ["--device", "tpu"], "--device: tpu is not available here; choose from auto, cpu"),
+        (tricks, ["--rounds", "0"], "--rounds: must be 1 or more, not 0"),
         (scaling, ["--device", "tpu"], "--device: tpu is not available here; choose from auto, cpu"),
         (scaling, ["--values", "0"], "--values: must be 1 or more, not 0"),
         (scaling, ["--rows", "batch", "side", "--values", "4"], "must be multiples of 8"),
@@ -493,6 +495,71 @@ def test_the_profile_is_the_fastest_turn_by_what_operators_do_themselves(
 
 
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
+def test_each_line_of_the_tricks_has_one_more_and_all_give_the_same(
+    tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convolution.PIXELS_FROM", 16)
+    monkeypatch.setattr("convolution.CHANNELS_FROM", 1)
+    monkeypatch.setattr("sampling.packed.LINEAR_FROM", 1)
+    by_winograd, contexts, networks, convolve = [], [], [], convolution.convolve
+    monkeypatch.setattr("convolution.convolve", lambda *args: by_winograd.append(1) or convolve(*args))
+
+    def build(case: contestants.Case, side: str) -> contestants.Side:
+        built = contestants.build(case, side)
+        networks.append(built.unet)
+        built.unet.register_forward_pre_hook(lambda _, args: contexts.append(type(args[2])))
+        return built
+
+    monkeypatch.setattr(tricks, "build", build)
+    turn, seen = tricks.unet(contestants.Case("unet", "tiny", "float32")), []
+    (unet,) = networks
+    for count in range(6):
+        with turn(tricks.TRICKS["unet"][:count]) as work:
+            out, used = work(), by_winograd != []
+            kinds = {type(layer) for layer in unet.modules()}
+            seen.append((contexts[-1] is dict, PackedConv2d in kinds, PackedLinear in kinds, used, out))
+        by_winograd.clear()
+        last = unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        assert last == (count > 0) and not any(isinstance(layer, Packed) for layer in unet.modules())
+    assert [flags for *flags, _ in seen] == [[i < count for i in range(1, 5)] for count in range(6)]
+    for *_, out in seen:
+        torch.testing.assert_close(out, seen[0][-1], rtol=0, atol=1e-5)
+
+
+def test_halves_of_a_vae_and_checkpointing_are_timed_with_and_without(
+    tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convolution.PIXELS_FROM", 16)
+    monkeypatch.setattr("convolution.CHANNELS_FROM", 1)
+    by_winograd, again, convolve = [], [], convolution.convolve
+    monkeypatch.setattr("convolution.convolve", lambda *args: by_winograd.append(1) or convolve(*args))
+    monkeypatch.setattr("diffusion_model.checkpoint", lambda module, *args, **_: again.append(1) or module(*args))
+    for row, called in (("vae_encode", by_winograd), ("vae_decode", by_winograd), ("train", again)):
+        turn = tricks.WORK[row](contestants.Case(row, "tiny", "float32"))
+        for names in ((), tricks.TRICKS[row]):
+            called.clear()
+            with turn(names) as work:
+                work()
+            assert bool(called) == bool(names), row
+
+
+def test_tricks_are_measured_in_turn_and_shown(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(tricks, "RESULTS", tmp_path / "tricks.json")
+    took = iter([4.0, 2.0, 6.0, 2.0])  # without, with; without, with
+    done = []
+    monkeypatch.setattr(tricks, "seconds", lambda work, device: done.append(work()) or next(took))
+    monkeypatch.setattr("sys.argv", ["tricks", "--models", "tiny", "--rows", "vae_encode", "--rounds", "2"])
+    tricks.main()
+    assert len(done) == 4  # in bfloat16 an encoder has no such trick, and nothing is timed
+    line = "| vae_encode | large 3×3 convolutions in half the multiplications | 2.50 (2.00…3.00) |"
+    assert capsys.readouterr().out.count(line) == 2
+    monkeypatch.setattr("sys.argv", ["tricks", "--table"])
+    tricks.main()
+    assert line in capsys.readouterr().out
+
+
 def test_scaling_and_the_rate_it_is_held_against_have_the_precision_of_training(
     low: torch.dtype, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""F(4, 3) is the direct convolution up to its last bits, whatever the size, and is not used where it does not pay."""
+"""Both fast ways to convolve are the direct one up to its last bits, and are not taken where they do not pay."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import convolution
 import lora
-from convolution import Conv3x3, convolve, filters_of
+from convolution import Conv3x3, convolve, convolve_repeated, filters_of
 from diffusion_model import UNet, UNetConfig
 from published import unet_dict, vae_dict
-from sampling.packed import Packed, pack, unpack
+from sampling.packed import pack, unpack
 from vae_model import VAE, VAEConfig
 
 
@@ -23,16 +23,17 @@ def channels_last(*shape: int) -> Tensor:
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple]:
-    """The shapes of the weights that were convolved by F(4, 3)."""
-    shapes: list[tuple] = []
+def calls(monkeypatch) -> list[str]:
+    """Which of the two ways were taken."""
+    taken: list[str] = []
+    monkeypatch.setattr(convolution, "convolve", lambda *args: taken.append("F(4, 3)") or convolve(*args))
+    repeated = lambda *args: taken.append("repeated") or convolve_repeated(*args)  # noqa: E731
+    monkeypatch.setattr(convolution, "convolve_repeated", repeated)
+    return taken
 
-    def noted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        shapes.append(tuple(weight.shape))
-        return convolve(x, weight, bias)
 
-    monkeypatch.setattr(convolution, "convolve", noted)
-    return shapes
+def twice(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 @pytest.mark.parametrize("rows_of", [1, 600, 2**20], ids=["four rows at a time", "some", "all"])
@@ -47,15 +48,65 @@ def test_it_is_the_direct_convolution(size, rows_of, monkeypatch) -> None:
         torch.testing.assert_close(convolve(x, layer.weight), without, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1), (5, 7), (8, 6)])
+def test_repeated_pixels_are_convolved_as_if_they_were_written_out(size) -> None:
+    torch.manual_seed(0)
+    x, layer = channels_last(3, 6, *size).double(), nn.Conv2d(6, 5, 3, padding=1).double()
+    with torch.no_grad():
+        y = convolve_repeated(x, layer.weight, layer.bias)
+        torch.testing.assert_close(y, layer(twice(x)), rtol=0, atol=1e-13)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(convolve_repeated(x, layer.weight), F.conv2d(twice(x), layer.weight, padding=1))
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_of_repeated_is_that_up_to_its_type_and_an_image_has_the_same_bits_in_any_batch(dtype, atol, calls) -> None:
+    """In bfloat16 the direct one is as far from the exact one."""
+    torch.manual_seed(0)
+    x, layer = channels_last(4, 64, 17, 16).to(dtype), Conv3x3(64, 32).to(dtype)
+    with torch.no_grad():
+        y, exact = layer.of_repeated(x, (34, 32)), F.conv2d(twice(x.double()), *layer.double().parameters(), padding=1)
+        layer.to(dtype)
+        assert y.dtype == dtype and (y - exact).abs().max() < atol
+        pairs = torch.cat([layer.of_repeated(pair, (34, 32)) for pair in x.split(2)])
+    assert torch.equal(pairs, y) and calls == ["repeated"] * 3
+
+
+def test_repeated_pixels_are_written_out_where_it_does_not_pay(calls) -> None:
+    """Small maps, odd sizes, more channels than half the pixels, gradients, hooks, another program's convolution."""
+
+    def same(layer: Conv3x3, x: Tensor, size: tuple[int, int]) -> None:
+        expected = layer(F.interpolate(x, size=size, mode="nearest"))
+        calls.clear()
+        assert torch.equal(layer.of_repeated(x, size), expected) and "repeated" not in calls
+
+    layer = Conv3x3(32, 32)
+    same(layer, channels_last(1, 32, 16, 16).requires_grad_(), (32, 32))
+    with torch.no_grad():
+        same(layer, channels_last(4, 32, 16, 15), (32, 30))
+        same(layer, channels_last(1, 32, 17, 17), (34, 33))
+        same(Conv3x3(32, 520), channels_last(1, 32, 16, 16), (32, 32))
+        hooked = Conv3x3(32, 32)
+        seen: list[tuple] = []
+        hooked.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+        same(hooked, channels_last(1, 32, 16, 16), (32, 32))
+        assert seen == [(1, 32, 32, 32)] * 2
+        other = Conv3x3(32, 32)
+        other._conv_forward = lambda x, weight, bias: torch.zeros(1)
+        same(other, channels_last(1, 32, 16, 16), (32, 32))
+        layer.of_repeated(channels_last(1, 32, 16, 16), (32, 32))
+    assert calls == ["repeated"]
+
+
 def test_in_float32_it_is_exact_to_a_hundred_thousandth_and_an_image_has_the_same_bits_in_any_batch(calls) -> None:
     torch.manual_seed(0)
-    x, layer = channels_last(3, 128, 33, 35), Conv3x3(128, 96)
+    x, layer = channels_last(4, 128, 33, 35), Conv3x3(128, 96)
     with torch.no_grad():
         y, exact = layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
         assert (y - exact).abs().max() < 3e-5 * exact.std() and (y - exact).square().mean().sqrt() < 5e-6 * exact.std()
         assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == torch.float32
-        alone = torch.cat([layer(x[i : i + 1].contiguous(memory_format=torch.channels_last)) for i in range(3)])
-    assert len(calls) == 4 and torch.equal(alone, y)
+        pairs = torch.cat([layer(pair) for pair in x.split(2)])
+    assert len(calls) == 3 and torch.equal(pairs, y)
 
 
 def test_six_filters_are_values_of_a_polynomial() -> None:
@@ -78,7 +129,7 @@ def reasons() -> dict[str, Callable[[Conv3x3], Tensor]]:
 
     return {
         "gradients": lambda layer: channels_last(1, 32, 32, 32).requires_grad_(),
-        "a small map": lambda layer: channels_last(1, 32, 31, 33),
+        "small maps": lambda layer: channels_last(2, 32, 31, 33),
         "feature maps that are contiguous": lambda layer: torch.randn(1, 32, 32, 32),
         "another dtype": lambda layer: layer.double() and channels_last(1, 32, 32, 32).double(),
         "no batch": lambda layer: torch.randn(32, 32, 32),
@@ -105,13 +156,14 @@ def test_elsewhere_it_is_pytorchs_own(why, calls) -> None:
     assert calls == []
     with torch.no_grad():
         Conv3x3(32, 32)(channels_last(1, 32, 32, 32))
-    assert calls == [(32, 32, 3, 3)]
+    assert calls == ["F(4, 3)"]
 
 
 def test_compiled_it_is_pytorchs_own(calls) -> None:
     layer, x = Conv3x3(32, 32), channels_last(1, 32, 32, 32)
     with torch.no_grad():
         torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.compile(layer.of_repeated, backend="eager", fullgraph=True)(x, (64, 64))
     assert calls == []
 
 
@@ -131,9 +183,17 @@ def test_low_rank_changes_are_added_and_it_is_a_conv3x3_again_without_them(calls
         (change,) = lora.add(network, ["conv"], rank=2, alpha=2.0)
         nn.init.normal_(change.up.weight)
         torch.testing.assert_close(network["conv"](x), plain + change(x))
+        large, layer = (64, 66), network["conv"]
+        torch.testing.assert_close(layer.of_repeated(x, large), layer(twice(x)), rtol=0, atol=1e-5)
+        assert "repeated" not in calls
+        lora.merge(network)
+        assert torch.equal(layer.of_repeated(x, large), convolve_repeated(x, layer.weight, layer.bias))
+        lora.unmerge(network)
+        lora.set_scale(network, "default", 0.0)
+        assert torch.equal(layer.of_repeated(x, large), convolve_repeated(x, layer.weight, layer.bias))
         lora.remove(network, "default")
         assert type(network["conv"]) is Conv3x3 and torch.equal(network["conv"](x), plain)
-    assert len(calls) == 3
+    assert calls.count("repeated") == 2
 
 
 def test_both_networks_are_those_of_diffusers_by_it(calls) -> None:
@@ -173,10 +233,10 @@ def test_packing_leaves_large_maps_to_it_and_weights_as_they_were(calls) -> None
         pack(unet)
         torch.testing.assert_close(unet(x, t, context), plain, rtol=0, atol=1e-5)
         assert len(calls) == 2 * by_it > 0
-        assert type(resnets[0].conv1) is Conv3x3 and isinstance(unet.mid_block.resnets[0].conv1, Packed)
-        unet(
-            x[:, :, :16, :16].contiguous(memory_format=torch.channels_last), t, context
-        )  # a small map after a large one
+        held = [layer.packed for layer in (resnets[0].conv1, unet.mid_block.resnets[0].conv1)]
+        assert held[0] is None and held[1] is not None and unet.up_blocks[0].upsamplers[0].conv.packed is None
+        assert calls.count("repeated") == 2
+        unet(channels_last(2, 4, 16, 16), t, context)  # small maps after large ones
         unpack(unet)
     assert all(torch.equal(weights[name], w) for name, w in unet.state_dict().items())
 

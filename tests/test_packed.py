@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sampling.packed
 from lora import LoRAConv3x3, LoRALinear, add, merge, remove, set_scale
 from published.lora_files import write_lora
-from sampling.packed import Packed, PackedConv2d, PackedLinear, pack, packed, unpack
+from sampling.packed import Packed, PackedConv2d, PackedConv3x3, PackedLinear, pack, packed, unpack
 from stable_diffusion_model import StableDiffusion
 
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -63,7 +63,7 @@ def test_the_unet_is_as_it_was_afterwards_and_within_no_weight_is_held_twice(mod
         with packed(unet, 9):
             again = unet(x, torch.tensor([5, 500]), context)
             layers = [layer for layer in unet.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-            assert {type(layer) for layer in layers} == {PackedConv2d, PackedLinear}
+            assert {type(layer) for layer in layers} == {PackedConv2d, PackedConv3x3, PackedLinear}
             assert all(layer.weight.numel() == 0 for layer in layers)
         last = unet(x, torch.tensor([5, 500]), context)
     torch.testing.assert_close(again, plain, **({"rtol": 1e-5, "atol": 1e-6} if x.dtype == torch.float32 else EXACTLY))
@@ -192,7 +192,7 @@ def test_changes_that_are_merged_are_packed_with_their_layer(model, monkeypatch)
     changed = image(model)
     merge(model.unet)
     with torch.no_grad(), packed(model.unet, 9):
-        assert {type(model.unet.get_submodule(name)) for name in names} == {PackedConv2d, PackedLinear}
+        assert {type(model.unet.get_submodule(name)) for name in names} == {PackedConv3x3, PackedLinear}
     assert changed != base and {type(model.unet.get_submodule(name)) for name in names} == {LoRAConv3x3, LoRALinear}
     set_scale(model.unet, "default", 0.0)
     assert image(model) == base

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare_diffusers, scaling, what_breaks
+from benchmarks import compare_diffusers, scaling, tricks, what_breaks
 from benchmarks.measuring import kept
 from evaluation.report import in_words
 from tests.conftest import ROOT
@@ -46,6 +46,13 @@ def test_what_was_measured_against_diffusers() -> None:
 def test_what_was_measured_of_growth() -> None:
     for line in rows(scaling.table(kept(scaling.RESULTS)).split("\n", 2)[2]):
         assert line[1:] in {row[-len(line[1:]) :] for row in rows(ABOUT_BENCHMARKS)}, line
+
+
+def test_what_each_trick_brings() -> None:
+    results = kept(tricks.RESULTS)
+    for name in dict.fromkeys(result["device_name"] for result in results):
+        table = tricks.table([result for result in results if result["device_name"] == name])
+        assert rows(table) <= rows(ABOUT_BENCHMARKS)
 
 
 def test_the_gallery_of_faults() -> None:
