@@ -2,21 +2,21 @@
 
 Both ways are for inference, and equal to the direct one up to the order of sums:
 
-F(4, 3), in float32. Four outputs of a filter of three numbers need twelve multiplications, or six: outputs of a filter
-belong to a product of two polynomials, and a few values say what it is, here those at 0, ±1, ±2 and ∞, that take hardly
-more than additions (Winograd 1980; Lavin & Gray 2016, arXiv:1509.09308, Section 4). It goes down the rows: sums of six
-rows of the map are convolved with filters of one row (1×3), which is the work, and sums of these are four rows of
-outputs. It is exact to about 10⁻⁵ of the outputs, where the direct one is to 3·10⁻⁶.
+F(4, 3), in float32. Four outputs of a filter of three numbers need twelve multiplications, or six. This is the product
+of two polynomials, of four coefficients and of three, transposed: six of its values, here those at 0, ±1, ±2 and ∞, say
+all of it, and take hardly more than additions (Winograd 1980; Lavin & Gray 2016, arXiv:1509.09308, Section 4). It goes
+down the rows: sums of six rows of the map are convolved with filters of one row (1×3), which is the work, and sums of
+these are four rows of outputs. Where outputs are of size 1, it errs by up to 4·10⁻⁵, the direct one by up to 10⁻⁵.
 
 Repeated pixels. An upsampling repeats each pixel 2×2, and a 3×3 filter over such a map sees only 2×2 pixels of the
 small one; so four filters of 2×2, of weights added up, make the four pixels of the large one with four multiplications
 each instead of nine (Aitken et al. 2017, arXiv:1707.02937, Section 2.2).
 
-Filters are made of the weights in every call, so weights stay as they are. Convolutions of a thread or two take 0.5 to
-0.7 of the time; `python -m benchmarks.tricks` measures what becomes of a network.
+Filters are made of the weights in every call, so weights stay as they are. On one or two cores, most convolutions take
+0.5 to 0.7 of the time, those of few channels 0.8; `python -m benchmarks.tricks` measures what that makes of a network.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 PIXELS_FROM = 1024  # of a feature map; to make the filters takes longer than it saves on smaller ones
 CHANNELS_FROM = 32
+WORK_FROM = 2**25  # multiplications by one of the nine numbers of each filter; with less, so many calls take longer
 ROWS_OF = 2**18  # numbers that a sum of rows may hold, so that some of them fit into a CPU's cache
 
 
@@ -40,16 +41,17 @@ class Conv3x3(nn.Conv2d):
 
     def of_repeated(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The convolution of a map whose pixels are repeated up to `size`: (N, C_in, h, w) → (N, C_out, *size)."""
+        weight = self.weight.detach()  # which another thread may order and empty meanwhile (sampling/packed.py)
         twice = tuple(size) == (2 * x.shape[-2], 2 * x.shape[-1])
         many = size[0] * size[1] >= 2 * self.out_channels  # pixels of the large map, else the filters take too long
-        if twice and many and self.is_large(x, size) and self._is_as_written():
-            return convolve_repeated(x, self.weight.detach(), self.bias)
+        if twice and many and weight.numel() and self.is_large(x, size) and not self._is_watched():
+            return convolve_repeated(x, weight, self.bias)
         return self(F.interpolate(x, size=tuple(size), mode="nearest"))
 
-    def _is_as_written(self) -> bool:
-        """No other program looks in, and the weight is there."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or {"forward", "_conv_forward"} & vars(self).keys()
-        return not hooks and self.weight.numel() > 0
+    def _is_watched(self) -> bool:
+        """By hooks, or another program has put its own function in the place of this one."""
+        replaced = {"forward", "_conv_forward"} & vars(self).keys()
+        return bool(replaced or self._forward_hooks or self._forward_pre_hooks)
 
     def is_large(self, x: Tensor, size: tuple[int, int]) -> bool:
         """Whether it is worth it: by the map and not by the batch, so that an image has the same bits in any.
@@ -58,8 +60,10 @@ class Conv3x3(nn.Conv2d):
         """
         return (
             not torch.compiler.is_compiling()
+            and not _is_transformed()
             and size[0] * size[1] >= PIXELS_FROM
             and min(self.in_channels, self.out_channels) >= CHANNELS_FROM
+            and size[0] * size[1] * self.in_channels * self.out_channels >= WORK_FROM
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype
             and x.ndim == 4
@@ -70,18 +74,26 @@ class Conv3x3(nn.Conv2d):
         )
 
 
+def _is_transformed() -> bool:
+    """Within torch.func or forward-mode differentiation, which do not know all of the operators used here."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # F(4, 3)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 3×3 convolution, padded with zeros, by F(4, 3) down the rows, as many at a time as a cache holds.
+    """A 3×3 convolution, padded with zeros, by F(4, 3) down the rows.
 
-    (N, C_in, h, w), (C_out, C_in, 3, 3) → (N, C_out, h, w), channels-last.
+    (N, C_in, h, w), (C_out, C_in, 3, 3) → (N, C_out, h, w), channels-last. Where a map is larger than the weight, some
+    rows at a time, so that a cache holds them; else all of them with one filter at a time, for the filters' memory.
     """
     filters, (h, w) = filters_of(weight), x.shape[-2:]
-    fours, at_once = -(-h // 4), max(1, ROWS_OF // (w * max(weight.shape[:2])))
+    fours = -(-h // 4)
+    at_once = max(1, ROWS_OF // (w * max(weight.shape[:2]))) if 9 * len(weight) < h * w else fours
+    filters = filters if at_once >= fours else list(filters)
     y = x.new_empty(len(x), fours, 4, w, len(weight))
     for start in range(0, fours, at_once):
         end = min(start + at_once, fours)
@@ -93,25 +105,27 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.flatten(1, 2)[:, :h].contiguous().movedim(-1, 1)
 
 
-def filters_of(weight: Tensor) -> list[Tensor]:
+def filters_of(weight: Tensor) -> Iterator[Tensor]:
     """Filters of three rows → the values of g₀ + g₁z + g₂z² at 0, ±1, ±2 and ∞, with the factors of interpolation.
 
-    (C_out, C_in, 3, 3) → six of (C_out, C_in, 1, 3).
+    (C_out, C_in, 3, 3) → six of (C_out, C_in, 1, 3), one after the other.
     """
     g0, g1, g2 = weight.unbind(2)
-    one, four = g0 + g2, torch.add(g0, g2, alpha=4)
-    values = [
-        g0,
-        (one + g1).mul_(-1 / 6),
-        (one - g1).mul_(-1 / 6),
-        torch.add(four, g1, alpha=2).mul_(1 / 24),
-        torch.sub(four, g1, alpha=2).mul_(1 / 24),
-        g2,
-    ]
-    return [value[:, :, None].contiguous(memory_format=torch.channels_last) for value in values]
+    yield _of_one_row(g0)
+    even = g0 + g2
+    yield _of_one_row((even + g1).mul_(-1 / 6))
+    yield _of_one_row(even.sub_(g1).mul_(-1 / 6))
+    even = torch.add(g0, g2, alpha=4)
+    yield _of_one_row(torch.add(even, g1, alpha=2).mul_(1 / 24))
+    yield _of_one_row(even.sub_(g1, alpha=2).mul_(1 / 24))
+    yield _of_one_row(g2)
 
 
-def _four_rows(x: Tensor, filters: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+def _of_one_row(weight: Tensor) -> Tensor:
+    return weight[:, :, None].contiguous(memory_format=torch.channels_last)
+
+
+def _four_rows(x: Tensor, filters: Iterable[Tensor], bias: Tensor | None, y: Tensor) -> None:
     """4k + 2 rows (N, C_in, 4k + 2, w) → `y`, k times four rows (N, k, 4, w, C_out)."""
     # The second product is part of all four outputs, with factor 1, so the bias comes with it.
     biases = (None, bias, None, None, None, None)

@@ -3,7 +3,8 @@
 PyTorch's convolutions and linear layers take weights as files have them, and oneDNN multiplies blocks of them; so every
 call begins with a copy of the weights in another order. For one image, at 64×64 latents and below, that is a tenth of a
 step. The result is the same up to the order of sums; in bfloat16, or in convolutions with several threads and two
-latents at once, as guidance has them, bit for bit.
+latents at once, as guidance has them, bit for bit. Convolutions of large maps in float32, and those behind an
+upsampling, are left alone: `convolution.py` makes other filters of their weights.
 """
 
 import contextlib

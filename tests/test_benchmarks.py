@@ -500,6 +500,7 @@ def test_each_line_of_the_tricks_has_one_more_and_all_give_the_same(
 ) -> None:
     monkeypatch.setattr("convolution.PIXELS_FROM", 16)
     monkeypatch.setattr("convolution.CHANNELS_FROM", 1)
+    monkeypatch.setattr("convolution.WORK_FROM", 1)
     monkeypatch.setattr("sampling.packed.LINEAR_FROM", 1)
     by_winograd, contexts, networks, convolve = [], [], [], convolution.convolve
     monkeypatch.setattr("convolution.convolve", lambda *args: by_winograd.append(1) or convolve(*args))
@@ -531,6 +532,7 @@ def test_halves_of_a_vae_and_checkpointing_are_timed_with_and_without(
 ) -> None:
     monkeypatch.setattr("convolution.PIXELS_FROM", 16)
     monkeypatch.setattr("convolution.CHANNELS_FROM", 1)
+    monkeypatch.setattr("convolution.WORK_FROM", 1)
     by_winograd, again, convolve = [], [], convolution.convolve
     monkeypatch.setattr("convolution.convolve", lambda *args: by_winograd.append(1) or convolve(*args))
     monkeypatch.setattr("diffusion_model.checkpoint", lambda module, *args, **_: again.append(1) or module(*args))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny import tiny_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import convolution
 import lora
@@ -20,6 +21,11 @@ from vae_model import VAE, VAEConfig
 
 def channels_last(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def _of_few_channels(monkeypatch) -> None:
+    monkeypatch.setattr(convolution, "WORK_FROM", 0)
 
 
 @pytest.fixture
@@ -159,11 +165,34 @@ def test_elsewhere_it_is_pytorchs_own(why, calls) -> None:
     assert calls == ["F(4, 3)"]
 
 
+def test_little_work_is_pytorchs_own(calls, monkeypatch) -> None:
+    monkeypatch.setattr(convolution, "WORK_FROM", 64 * 32 * 32 * 40)
+    with torch.no_grad():
+        Conv3x3(64, 32)(channels_last(9, 64, 32, 39))
+        Conv3x3(64, 32).of_repeated(channels_last(9, 64, 16, 19), (32, 38))
+        assert calls == []
+        Conv3x3(64, 32)(channels_last(1, 64, 32, 40))
+        Conv3x3(64, 32).of_repeated(channels_last(1, 64, 16, 20), (32, 40))
+    assert calls == ["F(4, 3)", "repeated"]
+
+
 def test_compiled_it_is_pytorchs_own(calls) -> None:
     layer, x = Conv3x3(32, 32), channels_last(1, 32, 32, 32)
     with torch.no_grad():
         torch.compile(layer, backend="eager", fullgraph=True)(x)
         torch.compile(layer.of_repeated, backend="eager", fullgraph=True)(x, (64, 64))
+    assert calls == []
+
+
+def test_within_torch_func_it_is_pytorchs_own(calls) -> None:
+    layer, x = Conv3x3(32, 32), channels_last(2, 32, 32, 32)
+    with torch.no_grad():
+        expected = F.conv2d(x, layer.weight, layer.bias, padding=1)
+        torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], expected)
+        torch.testing.assert_close(torch.func.jvp(layer, (x,), (x,))[1], F.conv2d(x, layer.weight, padding=1))
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
+        torch.testing.assert_close(tangent, F.conv2d(x, layer.weight, padding=1))
     assert calls == []
 
 
