@@ -29,7 +29,7 @@ ROWS_OF = 2**18  # numbers that a sum of rows may hold, so that some of them fit
 
 
 class Conv3x3(nn.Conv2d):
-    """(N, C_in, h, w) → (N, C_out, h, w), padded with zeros."""
+    """`nn.Conv2d(C_in, C_out, 3, padding=1)`: (N, C_in, h, w) → (N, C_out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)

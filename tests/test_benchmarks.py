@@ -494,7 +494,6 @@ def test_the_profile_is_the_fastest_turn_by_what_operators_do_themselves(
     assert spent == expected | {"the rest": 64 + 256}
 
 
-@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
 def test_each_line_of_the_tricks_has_one_more_and_all_give_the_same(
     tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -562,6 +561,7 @@ def test_tricks_are_measured_in_turn_and_shown(
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
 def test_scaling_and_the_rate_it_is_held_against_have_the_precision_of_training(
     low: torch.dtype, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

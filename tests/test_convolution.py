@@ -266,6 +266,10 @@ def test_packing_leaves_large_maps_to_it_and_weights_as_they_were(calls) -> None
         assert held[0] is None and held[1] is not None and unet.up_blocks[0].upsamplers[0].conv.packed is None
         assert calls.count("repeated") == 2
         unet(channels_last(2, 4, 16, 16), t, context)  # small maps after large ones
+        up, small = unet.up_blocks[0].upsamplers[0].conv, channels_last(2, 32, 16, 16)
+        assert up.packed is not None and up.weight.numel() == 0
+        by_hand = F.conv2d(twice(small), weights["up_blocks.0.upsamplers.0.conv.weight"], up.bias, padding=1)
+        torch.testing.assert_close(up.of_repeated(small, (32, 32)), by_hand, rtol=0, atol=1e-5)
         unpack(unet)
     assert all(torch.equal(weights[name], w) for name, w in unet.state_dict().items())
 
