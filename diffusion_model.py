@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from convolution import Conv3x3
+from layers import Conv3x3, dot_product_attention
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Leaves: time embedding, residual block, resampling
@@ -104,7 +104,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # about 256 keys, measured); scores are rounded to bfloat16, as everything is.
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (N, heads, n, L)
         return torch.softmax(scores, dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return dot_product_attention(q, k, v)
 
 
 class CrossAttention(nn.Module):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convolution import Conv3x3
+from layers import Conv3x3
 
 # Which layers may be adapted, by the end of their names: those of attention, as in the paper, or more.
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")

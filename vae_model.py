@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convolution import Conv3x3
+from layers import Conv3x3, dot_product_attention
 
 # PyTorch's own switch, which it looks at before its first tensor: on Linux, large tensors lie in pages of 2 MB instead
 # of 4 KB, and a feature map of 512×512 no longer costs thousands of page faults. Programs that made a tensor before
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, hw, C)
         q, k, v = self.to_q(h)[:, None], self.to_k(h)[:, None], self.to_v(h)[:, None]  # (N, 1 head, hw, C)
-        h = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])  # (N, hw, C)
+        h = self.to_out[0](dot_product_attention(q, k, v)[:, 0])  # (N, hw, C)
         return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 

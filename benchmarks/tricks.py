@@ -5,7 +5,7 @@
     python -m benchmarks.tricks --table                               # what was measured, as a table
 
 A U-Net's guidance batch is timed with none of them, then with each in the order of a sampling, on top of those before
-it; an encoder and a decoder of one image without and with halved multiplications (see convolution.py); a training step
+it; an encoder and a decoder of one image without and with halved multiplications (see layers.py); a training step
 without and with gradient checkpointing. A ratio is the time of the line above over that of the line in the same round:
 above 1, the trick is worth it. The table has the median over the rounds and, in brackets, the smallest and the largest.
 All of it on a CPU, the only one that has these tricks but for checkpointing. Results are added to tricks.json.
@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-import convolution
+import layers
 import sampling.packed
 from benchmarks.compare_diffusers import no_grad
 from benchmarks.contestants import MODELS, Case, Training, build
@@ -109,7 +109,7 @@ def train(case: Case) -> Turn:
 
 def halved(tricks: Tricks) -> contextlib.AbstractContextManager:
     """Within, `Conv3x3` computes as it does, or as PyTorch's own convolution."""
-    return mock.patch.object(convolution, "PIXELS_FROM", convolution.PIXELS_FROM if HALVED in tricks else float("inf"))
+    return mock.patch.object(layers, "PIXELS_FROM", layers.PIXELS_FROM if HALVED in tricks else float("inf"))
 
 
 WORK = {"unet": unet, "vae_encode": vae_encode, "vae_decode": vae_decode, "train": train}

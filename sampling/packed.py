@@ -4,7 +4,7 @@ PyTorch's convolutions and linear layers take weights as files have them, and on
 call begins with a copy of the weights in another order. For one image, at 64×64 latents and below, that is a tenth of a
 step. The result is the same up to the order of sums; in bfloat16, or in convolutions with several threads and two
 latents at once, as guidance has them, bit for bit. Convolutions of large maps in float32, and those behind an
-upsampling, are left alone: `convolution.py` makes other filters of their weights.
+upsampling, are left alone: `layers.py` makes other filters of their weights.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convolution import Conv3x3
 from diffusion_model import UNet
+from layers import Conv3x3
 from lora import PLAIN, LoRAConv2d, LoRAConv3x3, LoRALinear
 
 FROM_CALLS = 8  # for fewer, ordering takes longer than it saves

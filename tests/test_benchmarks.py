@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 import benchmarks
-import convolution
+import layers
 import monsters
 import stable_diffusion_model
 from benchmarks import compare_diffusers, contestants, measuring, quickstart, scaling, tricks, what_breaks
@@ -497,12 +497,12 @@ def test_the_profile_is_the_fastest_turn_by_what_operators_do_themselves(
 def test_each_line_of_the_tricks_has_one_more_and_all_give_the_same(
     tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convolution.PIXELS_FROM", 16)
-    monkeypatch.setattr("convolution.CHANNELS_FROM", 1)
-    monkeypatch.setattr("convolution.WORK_FROM", 1)
+    monkeypatch.setattr("layers.PIXELS_FROM", 16)
+    monkeypatch.setattr("layers.CHANNELS_FROM", 1)
+    monkeypatch.setattr("layers.WORK_FROM", 1)
     monkeypatch.setattr("sampling.packed.LINEAR_FROM", 1)
-    by_winograd, contexts, networks, convolve = [], [], [], convolution.convolve
-    monkeypatch.setattr("convolution.convolve", lambda *args: by_winograd.append(1) or convolve(*args))
+    by_winograd, contexts, networks, convolve = [], [], [], layers.convolve
+    monkeypatch.setattr("layers.convolve", lambda *args: by_winograd.append(1) or convolve(*args))
 
     def build(case: contestants.Case, side: str) -> contestants.Side:
         built = contestants.build(case, side)
@@ -529,11 +529,11 @@ def test_each_line_of_the_tricks_has_one_more_and_all_give_the_same(
 def test_halves_of_a_vae_and_checkpointing_are_timed_with_and_without(
     tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convolution.PIXELS_FROM", 16)
-    monkeypatch.setattr("convolution.CHANNELS_FROM", 1)
-    monkeypatch.setattr("convolution.WORK_FROM", 1)
-    by_winograd, again, convolve = [], [], convolution.convolve
-    monkeypatch.setattr("convolution.convolve", lambda *args: by_winograd.append(1) or convolve(*args))
+    monkeypatch.setattr("layers.PIXELS_FROM", 16)
+    monkeypatch.setattr("layers.CHANNELS_FROM", 1)
+    monkeypatch.setattr("layers.WORK_FROM", 1)
+    by_winograd, again, convolve = [], [], layers.convolve
+    monkeypatch.setattr("layers.convolve", lambda *args: by_winograd.append(1) or convolve(*args))
     monkeypatch.setattr("diffusion_model.checkpoint", lambda module, *args, **_: again.append(1) or module(*args))
     for row, called in (("vae_encode", by_winograd), ("vae_decode", by_winograd), ("train", again)):
         turn = tricks.WORK[row](contestants.Case(row, "tiny", "float32"))

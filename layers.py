@@ -1,6 +1,6 @@
-"""The 3×3 convolutions of both networks; on a CPU, those of large feature maps take half the multiplications.
+"""What both networks are made of, faster on a CPU: 3×3 convolutions in half the multiplications, attention in blocks.
 
-Both ways are for inference, and equal to the direct one up to the order of sums:
+All of it is for inference, and equal to PyTorch's own up to the order of sums and the roundings of the dtype.
 
 F(4, 3), in float32. Four outputs of a filter of three numbers need twelve multiplications, or six. This is the product
 of two polynomials, of four coefficients and of three, transposed: six of its values, here those at 0, ±1, ±2 and ∞, say
@@ -14,6 +14,10 @@ each instead of nine (Aitken et al. 2017, arXiv:1707.02937, Section 2.2).
 
 Filters are made of the weights in every call, so weights stay as they are. On one or two cores, most convolutions take
 0.5 to 0.7 of the time, those of few channels 0.8; `python -m benchmarks.tricks` measures what that makes of a network.
+
+Attention in bfloat16. PyTorch's fused kernel never has all scores at once, but its products are small and slow; in two
+large ones with a softmax between them, some queries and heads at a time, it takes 0.5 to 0.8 of the time. Scores are
+rounded to bfloat16 then, as all else is.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,6 +30,9 @@ PIXELS_FROM = 1024  # of a feature map; to make the filters takes longer than it
 CHANNELS_FROM = 32
 WORK_FROM = 2**25  # multiplications by one of the nine numbers of each filter; with less, so many calls take longer
 ROWS_OF = 2**18  # numbers that a sum of rows may hold, so that some of them fit into a CPU's cache
+QUERIES_FROM = 256  # of an attention; fewer are computed in no time, and calls take longer
+SCORES_OF = 2**21  # scores at a time; more would leave the cache
+QUERIES_OF = 512  # at a time, however many keys there are; with fewer, these are brought into order too often
 
 
 class Conv3x3(nn.Conv2d):
@@ -59,8 +66,7 @@ class Conv3x3(nn.Conv2d):
         That is true of two and more at once, as guidance has them; of one alone, PyTorch's own may have others, too.
         """
         return (
-            not torch.compiler.is_compiling()
-            and not _is_transformed()
+            _is_inference()
             and size[0] * size[1] >= PIXELS_FROM
             and min(self.in_channels, self.out_channels) >= CHANNELS_FROM
             and size[0] * size[1] * self.in_channels * self.out_channels >= WORK_FROM
@@ -69,14 +75,19 @@ class Conv3x3(nn.Conv2d):
             and x.ndim == 4
             and x.is_contiguous(memory_format=torch.channels_last)
             and self.padding_mode == "zeros"  # programs that make images for tiling put another one in its place
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
         )
 
 
-def _is_transformed() -> bool:
-    """Within torch.func or forward-mode differentiation, which do not know all of the operators used here."""
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+def _is_inference() -> bool:
+    """Neither compiled nor with gradients, nor under autocast, nor within torch.func or forward-mode differentiation,
+    which do not know all of the operators used here."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,3 +188,46 @@ def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     and one."""
     first, middle, last = weight.unbind(dim)
     return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's `scaled_dot_product_attention`: q (N, heads, n, d), k and v (N, heads, L, d) → like q."""
+    if is_faster_in_blocks(q, k):
+        return attend_in_blocks(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def is_faster_in_blocks(q: Tensor, k: Tensor) -> bool:
+    """On a CPU that has bfloat16, but no AMX, for which PyTorch's kernel is another one."""
+    return (
+        _is_inference()
+        and q.device.type == "cpu"
+        and q.dtype == k.dtype == torch.bfloat16
+        and q.shape[-2] >= QUERIES_FROM
+        and k.shape[-2] > 0
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+    )
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same, all keys for some queries of some heads at a time. An image has the same bits in any batch."""
+    (n, d), keys = q.shape[-2:], k.shape[-2]
+    queries = min(n, max(QUERIES_OF, SCORES_OF // keys))
+    heads = max(1, SCORES_OF // (queries * keys))
+    out = q.new_empty(q.shape)
+    rows, columns, values, outputs = q.flatten(0, 1), k.flatten(0, 1).mT, v.flatten(0, 1), out.flatten(0, 1)
+    scores = q.new_empty(min(heads, len(rows)), queries, keys)  # one piece of memory for all
+    for head in (slice(i, i + heads) for i in range(0, len(rows), heads)):
+        for some in (slice(i, i + queries) for i in range(0, n, queries)):
+            row = rows[head, some]
+            block = scores[: row.shape[0], : row.shape[1]]
+            torch.baddbmm(block, row, columns[head], beta=0, alpha=d**-0.5, out=block)
+            torch.softmax(block, -1, out=block)
+            torch.bmm(block, values[head], out=outputs[head, some])
+    return out

@@ -10,10 +10,10 @@ from tiny import tiny_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-import convolution
+import layers
 import lora
-from convolution import Conv3x3, convolve, convolve_repeated, filters_of
 from diffusion_model import UNet, UNetConfig
+from layers import Conv3x3, convolve, convolve_repeated, filters_of
 from published import unet_dict, vae_dict
 from sampling.packed import pack, unpack
 from vae_model import VAE, VAEConfig
@@ -25,16 +25,16 @@ def channels_last(*shape: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _of_few_channels(monkeypatch) -> None:
-    monkeypatch.setattr(convolution, "WORK_FROM", 0)
+    monkeypatch.setattr(layers, "WORK_FROM", 0)
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """Which of the two ways were taken."""
     taken: list[str] = []
-    monkeypatch.setattr(convolution, "convolve", lambda *args: taken.append("F(4, 3)") or convolve(*args))
+    monkeypatch.setattr(layers, "convolve", lambda *args: taken.append("F(4, 3)") or convolve(*args))
     repeated = lambda *args: taken.append("repeated") or convolve_repeated(*args)  # noqa: E731
-    monkeypatch.setattr(convolution, "convolve_repeated", repeated)
+    monkeypatch.setattr(layers, "convolve_repeated", repeated)
     return taken
 
 
@@ -45,7 +45,7 @@ def twice(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows_of", [1, 600, 2**20], ids=["four rows at a time", "some", "all"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3), (4, 4), (5, 7), (9, 2), (10, 5), (11, 16), (33, 40)])
 def test_it_is_the_direct_convolution(size, rows_of, monkeypatch) -> None:
-    monkeypatch.setattr(convolution, "ROWS_OF", rows_of)
+    monkeypatch.setattr(layers, "ROWS_OF", rows_of)
     torch.manual_seed(0)
     x, layer = channels_last(2, 6, *size).double(), nn.Conv2d(6, 5, 3, padding=1).double()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_elsewhere_it_is_pytorchs_own(why, calls) -> None:
 
 
 def test_little_work_is_pytorchs_own(calls, monkeypatch) -> None:
-    monkeypatch.setattr(convolution, "WORK_FROM", 64 * 32 * 32 * 40)
+    monkeypatch.setattr(layers, "WORK_FROM", 64 * 32 * 32 * 40)
     with torch.no_grad():
         Conv3x3(64, 32)(channels_last(9, 64, 32, 39))
         Conv3x3(64, 32).of_repeated(channels_last(9, 64, 16, 19), (32, 38))
@@ -279,10 +279,10 @@ def test_a_sampled_image_is_the_same(monkeypatch) -> None:
     torch.manual_seed(0)
     model, how = tiny_model(), {"steps": 4, "height": 128, "width": 128, "progress": False}
     with monkeypatch.context() as never:
-        never.setattr(convolution, "PIXELS_FROM", 10**9)
+        never.setattr(layers, "PIXELS_FROM", 10**9)
         direct = model.sample("a red fox", **how)[0]
-    monkeypatch.setattr(convolution, "PIXELS_FROM", 16)
-    monkeypatch.setattr(convolution, "CHANNELS_FROM", 1)
+    monkeypatch.setattr(layers, "PIXELS_FROM", 16)
+    monkeypatch.setattr(layers, "CHANNELS_FROM", 1)
     pixels = [
         torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).int()
         for im in (direct, model.sample("a red fox", **how)[0])
