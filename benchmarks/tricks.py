@@ -5,8 +5,8 @@
     python -m benchmarks.tricks --table                               # what was measured, as a table
 
 A U-Net's guidance batch is timed with none of them, then with each in the order of a sampling, on top of those before
-it; an encoder and a decoder of one image without and with halved multiplications (see layers.py); a training step
-without and with gradient checkpointing. A ratio is the time of the line above over that of the line in the same round:
+it; so are an encoder and a decoder of one image (see layers.py); a training step without and with gradient
+checkpointing. A ratio is the time of the line above over that of the line in the same round:
 above 1, the trick is worth it. The table has the median over the rounds and, in brackets, the smallest and the largest.
 All of it on a CPU, the only one that has these tricks but for checkpointing. Results are added to tricks.json.
 """
@@ -34,11 +34,12 @@ TEXT = "keys and values of the text beforehand"
 ORDERED = "convolutions' weights ordered once"
 LINEAR = "those of linear layers, too"
 HALVED = "large 3×3 convolutions in half the multiplications"
+BLOCKS = "attention in blocks"
 CHECKPOINTING = "gradient checkpointing"
 TRICKS = {
-    "unet": (CHANNELS_LAST, TEXT, ORDERED, LINEAR, HALVED),
-    "vae_encode": (HALVED,),
-    "vae_decode": (HALVED,),
+    "unet": (CHANNELS_LAST, TEXT, ORDERED, LINEAR, HALVED, BLOCKS),
+    "vae_encode": (HALVED, BLOCKS),
+    "vae_decode": (HALVED, BLOCKS),
     "train": (CHECKPOINTING,),
 }
 Tricks = tuple[str, ...]
@@ -59,7 +60,7 @@ def unet(case: Case) -> Turn:
             context = network.keys_and_values(text) if TEXT in tricks else text
         kinds = (nn.Conv2d,) * (ORDERED in tricks) + (nn.Linear,) * (LINEAR in tricks)
         ordered = {plain: packed for plain, packed in sampling.packed.PACKED.items() if issubclass(plain, kinds)}
-        with halved(tricks), mock.patch.object(sampling.packed, "PACKED", ordered):
+        with layers_of(tricks), mock.patch.object(sampling.packed, "PACKED", ordered):
             sampling.packed.pack(network)
             try:
                 yield no_grad(lambda: network(x, t, context))
@@ -84,7 +85,7 @@ def vae_half(half: Callable[[torch.Tensor], object], case: Case, channels: int, 
 
     @contextlib.contextmanager
     def turn(tricks: Tricks) -> Iterator[Callable[[], object]]:
-        with halved(tricks):
+        with layers_of(tricks):
             yield no_grad(lambda: half(x))
 
     return turn
@@ -107,9 +108,14 @@ def train(case: Case) -> Turn:
     return turn
 
 
-def halved(tricks: Tricks) -> contextlib.AbstractContextManager:
-    """Within, `Conv3x3` computes as it does, or as PyTorch's own convolution."""
-    return mock.patch.object(layers, "PIXELS_FROM", layers.PIXELS_FROM if HALVED in tricks else float("inf"))
+def layers_of(tricks: Tricks) -> contextlib.AbstractContextManager:
+    """Within, convolutions and attention compute as they do, or as PyTorch's own."""
+    never = float("inf")
+    return mock.patch.multiple(
+        layers,
+        PIXELS_FROM=layers.PIXELS_FROM if HALVED in tricks else never,
+        QUERIES_FROM=layers.QUERIES_FROM if BLOCKS in tricks else never,
+    )
 
 
 WORK = {"unet": unet, "vae_encode": vae_encode, "vae_decode": vae_decode, "train": train}
@@ -128,8 +134,10 @@ def measure(case: Case, rounds: int) -> dict:
 
 
 def tricks_of(case: Case) -> Tricks:
-    """Those of a row; in bfloat16, multiplications are halved behind an upsampling only, and an encoder has none."""
-    return () if (case.row, case.dtype) == ("vae_encode", "bfloat16") else TRICKS[case.row]
+    """Those of a row and a dtype; in bfloat16, multiplications are halved behind an upsampling only: an encoder has
+    none."""
+    without = BLOCKS if case.dtype == "float32" else HALVED if case.row == "vae_encode" else None
+    return tuple(trick for trick in TRICKS[case.row] if trick != without)
 
 
 def table(results: list[dict]) -> str:

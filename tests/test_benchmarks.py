@@ -537,28 +537,49 @@ def test_halves_of_a_vae_and_checkpointing_are_timed_with_and_without(
     monkeypatch.setattr("diffusion_model.checkpoint", lambda module, *args, **_: again.append(1) or module(*args))
     for row, called in (("vae_encode", by_winograd), ("vae_decode", by_winograd), ("train", again)):
         turn = tricks.WORK[row](contestants.Case(row, "tiny", "float32"))
-        for names in ((), tricks.TRICKS[row]):
+        for names in ((), tricks.tricks_of(contestants.Case(row, "tiny", "float32"))):
             called.clear()
             with turn(names) as work:
                 work()
             assert bool(called) == bool(names), row
 
 
+@pytest.mark.parametrize("row", ["unet", "vae_encode", "vae_decode"])
+def test_attention_in_blocks_is_the_last_trick_and_only_in_bfloat16(
+    row: str, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layers.QUERIES_FROM", 1)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    in_blocks, attend = [], layers.attend_in_blocks
+    monkeypatch.setattr("layers.attend_in_blocks", lambda *args: in_blocks.append(1) or attend(*args))
+    case = contestants.Case(row, "tiny", "bfloat16")
+    names = tricks.tricks_of(case)
+    assert tricks.BLOCKS not in tricks.tricks_of(contestants.Case(row, "tiny", "float32"))
+    turn = tricks.WORK[row](case)
+    for some in (names[:-1], names):
+        with turn(some) as work:
+            work()
+        assert bool(in_blocks) == (some == names)
+
+
 def test_tricks_are_measured_in_turn_and_shown(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(tricks, "RESULTS", tmp_path / "tricks.json")
-    took = iter([4.0, 2.0, 6.0, 2.0])  # without, with; without, with
+    took = iter([4.0, 2.0, 6.0, 2.0] * 2)  # without, with; without, with; the same in bfloat16
     done = []
     monkeypatch.setattr(tricks, "seconds", lambda work, device: done.append(work()) or next(took))
     monkeypatch.setattr("sys.argv", ["tricks", "--models", "tiny", "--rows", "vae_encode", "--rounds", "2"])
     tricks.main()
-    assert len(done) == 4  # in bfloat16 an encoder has no such trick, and nothing is timed
+    assert len(done) == 8  # in bfloat16 an encoder has another trick
     line = "| vae_encode | large 3×3 convolutions in half the multiplications | 2.50 (2.00…3.00) |"
+    other = "| vae_encode | attention in blocks |  | 2.50 (2.00…3.00) |"
     assert capsys.readouterr().out.count(line) == 2
     monkeypatch.setattr("sys.argv", ["tricks", "--table"])
     tricks.main()
-    assert line in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert line in shown and other in shown
 
 
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])

@@ -99,7 +99,7 @@ FAULTS = [
     Fault("mirrored copies not found", "evaluation/copying.py", "torch.cat([training, training.flip(-1)])", "torch.cat([training, training])", COPIES + "[False]"),
     # Attention
     Fault("attention not scaled where it is spelled out", "diffusion_model.py", "(q * q.shape[-1] ** -0.5) @ k.mT", "q @ k.mT", "test_unet.py::test_attention_and_its_gradients_are_those_of_pytorch[dtype1-77]"),
-    Fault("attention spelled out where nothing is trained", "diffusion_model.py", "if q.requires_grad and q.device", "if q.device", "test_unet.py::test_only_training_in_bfloat16_on_a_cpu_leaves_pytorchs_kernel"),
+    Fault("attention spelled out where nothing is trained", "diffusion_model.py", "if q.requires_grad and q.device", "if q.device", "test_unet.py::test_of_few_queries_only_training_in_bfloat16_on_a_cpu_leaves_pytorchs_kernel"),
     # Memory layout
     Fault("CPUs train channels-last", "diffusion_model.py", 'channels_last = torch.device(device).type == "cuda"', 'channels_last = torch.device(device).type != "cuda"', "test_unet.py::test_on_a_cpu_it_is_laid_out_contiguous"),
     Fault("VAE contiguous on CPUs", "vae_model.py", 'if x.device.type == "cpu" else x', 'if x.device.type == "cuda" else x', "test_vae.py::test_feature_maps_are_channels_last_on_a_cpu_and_weights_and_outputs_as_files_want_them"),
@@ -220,6 +220,17 @@ FAULTS = [
     Fault("each process encodes as if it were alone", "training/captioned_latents.py", " * processes.local_count\n", "\n", "test_pokemon_dataset.py::test_no_more_is_encoded_beside_each_other_than_memory_has_room_for"),
     Fault("the base copied for the average", REPRODUCIBLE, "copy.deepcopy(module, frozen)", "copy.deepcopy(module)", "test_train_lora.py::test_the_average_shares_what_is_frozen"),
     Fault("a LoRA's overflow in float16", "published/lora_files.py", "lower if rounded else exact", "lower", "test_lora.py::test_what_half_precision_cannot_hold_is_written_in_float32"),
+    # Attention in blocks
+    Fault("scores of keys that are not scaled", "layers.py", "beta=0, alpha=d**-0.5", "beta=0", "test_layers.py::test_blocks_are_attention"),
+    Fault("queries of a block before the last lost", "layers.py", "for i in range(0, n, queries))", "for i in range(0, n - queries + 1, queries))", "test_layers.py::test_blocks_are_attention"),
+    Fault("every head attends to the first one's keys", "layers.py", "columns[head], beta", "columns[: len(row)], beta", "test_layers.py::test_blocks_are_attention"),
+    Fault("all scores at once", "layers.py", "SCORES_OF // (queries * keys)", "len(q) * q.shape[1]", "test_layers.py::test_no_more_scores_than_said_are_there_at_a_time"),
+    Fault("few queries at a time, however many keys", "layers.py", "max(QUERIES_OF, SCORES_OF // keys)", "max(1, SCORES_OF // keys)", "test_layers.py::test_no_more_scores_than_said_are_there_at_a_time"),
+    Fault("few queries in blocks", "layers.py", "and q.shape[-2] >= QUERIES_FROM", "and q.shape[-2] >= 1", "test_layers.py::test_blocks_are_for_inference_in_bfloat16_on_a_cpu_that_has_it"),
+    Fault("attention without keys in blocks", "layers.py", "        and k.shape[-2] > 0\n", "", "test_layers.py::test_blocks_are_for_inference_in_bfloat16_on_a_cpu_that_has_it"),
+    Fault("blocks where PyTorch's kernel has AMX", "layers.py", "        and not torch.cpu._is_amx_tile_supported()\n", "", "test_layers.py::test_blocks_are_for_inference_in_bfloat16_on_a_cpu_that_has_it"),
+    Fault("blocks in float32", "layers.py", "q.dtype == k.dtype == torch.bfloat16", "q.dtype == k.dtype", "test_layers.py::test_blocks_are_for_inference_in_bfloat16_on_a_cpu_that_has_it"),
+    Fault("the VAE's attention by PyTorch's kernel", "vae_model.py", "self.to_out[0](dot_product_attention(q, k, v)", "self.to_out[0](F.scaled_dot_product_attention(q, k, v)", "test_layers.py::test_both_networks_attend_in_blocks"),
     # Winograd's convolutions
     Fault("a filter's value at -2 taken at 2", "layers.py", "even.sub_(g1, alpha=2)", "even.add_(g1, alpha=2)", "test_layers.py::test_it_is_the_direct_convolution"),
     Fault("the bias on the first product, which one output has", "layers.py", "(None, bias, None, None, None, None)", "(bias, None, None, None, None, None)", "test_layers.py::test_it_is_the_direct_convolution"),

@@ -1,4 +1,4 @@
-"""Both fast ways to convolve are the direct one up to its last bits, and are not taken where they do not pay."""
+"""Fast convolutions and attention are PyTorch's own up to the last bits, and are not taken where they do not pay."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 import layers
 import lora
 from diffusion_model import UNet, UNetConfig
-from layers import Conv3x3, convolve, convolve_repeated, filters_of
+from layers import Conv3x3, attend_in_blocks, convolve, convolve_repeated, filters_of
 from published import unet_dict, vae_dict
 from sampling.packed import pack, unpack
 from vae_model import VAE, VAEConfig
@@ -288,3 +288,117 @@ def test_a_sampled_image_is_the_same(monkeypatch) -> None:
         for im in (direct, model.sample("a red fox", **how)[0])
     ]
     assert (pixels[0] - pixels[1]).abs().max() <= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention in blocks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def has_bfloat16(monkeypatch) -> None:
+    """A CPU like those that it was measured on."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+
+
+@pytest.fixture
+def blocks(monkeypatch) -> list[tuple]:
+    """The shapes of queries that were attended to in blocks."""
+    shapes: list[tuple] = []
+    monkeypatch.setattr(layers, "attend_in_blocks", lambda q, k, v: shapes.append(q.shape) or attend_in_blocks(q, k, v))
+    return shapes
+
+
+def heads_of(n: int, length: int, heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """As networks have them: heads lie within the channels."""
+    return tuple(torch.randn(n, rows, heads, width, dtype=dtype).transpose(1, 2) for rows in (length, 7, 7))
+
+
+@pytest.mark.parametrize(
+    ("scores_of", "queries_of"),
+    [(1, 1), (7 * 5, 1), (1, 4), (7 * 19 * 2, 1), (7 * 19 * 4, 1), (2**21, 512)],
+    ids=["one query", "five", "four, although too many", "two heads", "four of six heads", "all"],
+)
+def test_blocks_are_attention(scores_of, queries_of, monkeypatch) -> None:
+    monkeypatch.setattr(layers, "SCORES_OF", scores_of)
+    monkeypatch.setattr(layers, "QUERIES_OF", queries_of)
+    torch.manual_seed(0)
+    for q, k, v in (heads_of(2, 19, 3, 6, torch.float64), heads_of(1, 19, 1, 6, torch.float64)):
+        out = attend_in_blocks(q, k, v)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=0, atol=1e-13)
+        shared = k[:1, :1].expand_as(k)  # no memory of its own
+        expected = F.scaled_dot_product_attention(q, shared, v)
+        torch.testing.assert_close(attend_in_blocks(q, shared, v), expected, rtol=0, atol=1e-13)
+
+
+def test_no_more_scores_than_said_are_there_at_a_time(monkeypatch) -> None:
+    """Few queries of one head when there are many keys; several heads when there are few."""
+    seen: list[tuple] = []
+    monkeypatch.setattr(layers.torch, "softmax", lambda x, *a, **k: seen.append(tuple(x.shape)) or x)
+    attend_in_blocks(torch.zeros(1, 2, 1100, 1), *torch.zeros(2, 1, 2, 4096, 1))
+    assert seen == [(1, 512, 4096), (1, 512, 4096), (1, 76, 4096)] * 2
+    seen.clear()
+    attend_in_blocks(torch.zeros(1, 2, 600, 1), *torch.zeros(2, 1, 2, 16384, 1))
+    assert seen == [(1, 512, 16384), (1, 88, 16384)] * 2
+    seen.clear()
+    attend_in_blocks(torch.zeros(2, 20, 1024, 1), *torch.zeros(2, 2, 20, 77, 1))
+    assert seen == [(26, 1024, 77), (14, 1024, 77)]
+
+
+def test_in_bfloat16_blocks_err_twice_as_much_as_pytorchs_kernel_and_an_image_has_the_same_bits_in_any_batch() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 300, 3, 40).bfloat16().transpose(1, 2) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    out, theirs = attend_in_blocks(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    error, their_error = ((y - exact).square().mean().sqrt().item() for y in (out, theirs))
+    assert out.dtype == torch.bfloat16 and error < 2.5 * their_error < 0.01
+    for size in (1, 2, 3):
+        split = zip(q.split(size), k.split(size), v.split(size), strict=True)
+        assert torch.equal(torch.cat([attend_in_blocks(*some) for some in split]), out)
+
+
+@pytest.mark.usefixtures("has_bfloat16")
+def test_blocks_are_for_inference_in_bfloat16_on_a_cpu_that_has_it(blocks, monkeypatch) -> None:
+    q, k, v = heads_of(1, 256, 2, 8, torch.bfloat16)
+    with torch.no_grad():
+        layers.dot_product_attention(q, k, v)
+        assert blocks.pop() == q.shape
+        layers.dot_product_attention(q[:, :, 1:], k, v)  # fewer queries
+        layers.dot_product_attention(q.float(), k.float(), v.float())
+        layers.dot_product_attention(q, k[:, :, :0], v[:, :, :0])
+        layers.dot_product_attention(q.to("meta"), k.to("meta"), v.to("meta"))
+        torch.func.vmap(layers.dot_product_attention)(q, k, v)
+        with torch.autocast("cpu", torch.bfloat16):
+            layers.dot_product_attention(q, k, v)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+            layers.dot_product_attention(q, k, v)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+            layers.dot_product_attention(q, k, v)
+    layers.dot_product_attention(q, k, v)  # with gradients
+    assert blocks == []
+
+
+@pytest.mark.usefixtures("has_bfloat16")
+def test_both_networks_attend_in_blocks(blocks) -> None:
+    """The U-Net to itself and to the text, the VAE to itself."""
+    torch.manual_seed(0)
+    shape = UNetConfig(
+        block_out_channels=(32, 64), attention_levels=(True, False), context_dim=16, num_attention_heads=2
+    )
+    unet, vae = UNet(shape).eval(), VAE(VAEConfig(block_out_channels=(32, 32, 32, 64))).eval()
+    x, t, context = torch.randn(1, 4, 16, 17), torch.tensor([9]), torch.randn(1, 7, 16)
+    for parameter in unet.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    with torch.no_grad():
+        exact = unet(x, t, context), vae.decode(x)
+        assert blocks == []
+        unet.bfloat16(), vae.bfloat16()
+        ours = unet(x.bfloat16(), t, context.bfloat16()), vae.decode(x.bfloat16())
+    # Five transformers at that size, each with one attention to itself and one to the text; one attention of the VAE.
+    assert blocks == [(1, 2, 272, 16)] * 10 + [(1, 1, 272, 64)]
+    for mine, expected in zip(ours, exact, strict=True):
+        assert (mine - expected).square().mean() < 0.04**2 * expected.square().mean()

@@ -98,7 +98,7 @@ def test_attention_and_its_gradients_are_those_of_pytorch(dtype: torch.dtype, le
         (torch.bfloat16, True, 77, "meta", True),
     ],
 )
-def test_only_training_in_bfloat16_on_a_cpu_leaves_pytorchs_kernel(
+def test_of_few_queries_only_training_in_bfloat16_on_a_cpu_leaves_pytorchs_kernel(
     dtype: torch.dtype, trains: bool, keys: int, device: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
