@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layers import Conv3x3, dot_product_attention
+from layers import Conv3x3, dot_product_attention, upsampled
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Leaves: time embedding, residual block, resampling
@@ -89,7 +89,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         # The size of the skip that comes next, not a factor of 2: odd sizes were rounded up on the way down.
-        return self.conv.of_repeated(x, size)
+        return upsampled(x, size, self.conv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

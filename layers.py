@@ -6,7 +6,8 @@ F(4, 3), in float32. Four outputs of a filter of three numbers need twelve multi
 of two polynomials, of four coefficients and of three, transposed: six of its values, here those at 0, ±1, ±2 and ∞, say
 all of it, and take hardly more than additions (Winograd 1980; Lavin & Gray 2016, arXiv:1509.09308, Section 4). It goes
 down the rows: sums of six rows of the map are convolved with filters of one row (1×3), which is the work, and sums of
-these are four rows of outputs. Where outputs are of size 1, it errs by up to 4·10⁻⁵, the direct one by up to 10⁻⁵.
+these are four rows of outputs. Where outputs are of size 1, it errs by up to 4·10⁻⁵, the direct one by up to 10⁻⁵; a
+pixel that is a thousand times as large as the others adds a thousandth to the errors of the rows that share its sums.
 
 Repeated pixels. An upsampling repeats each pixel 2×2, and a 3×3 filter over such a map sees only 2×2 pixels of the
 small one; so four filters of 2×2, of weights added up, make the four pixels of the large one with four multiplications
@@ -17,9 +18,14 @@ Filters are made of the weights in every call, so weights stay as they are. On o
 
 Attention in bfloat16. PyTorch's fused kernel never has all scores at once, but its products are small and slow; in two
 large ones with a softmax between them, some queries and heads at a time, it takes 0.5 to 0.8 of the time. Scores are
-rounded to bfloat16 then, as all else is: where they are of size 1, outputs err twice as much, by 4·10⁻⁴.
+rounded to bfloat16 then, as all else is, so that outputs err more: twice as much where scores are of size 1, six times
+where they are of size 4. What the networks that ship give errs as before.
+
+All of this is more, and smaller, work for all threads at once. Beside a program that keeps one of the cores busy, each
+piece waits for it: that takes 2 to 5 times as long as PyTorch's own, and as long if `OMP_WAIT_POLICY=passive` is set.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -30,9 +36,13 @@ PIXELS_FROM = 1024  # of a feature map; to make the filters takes longer than it
 CHANNELS_FROM = 32
 WORK_FROM = 2**25  # multiplications by one of the nine numbers of each filter; with less, so many calls take longer
 ROWS_OF = 2**18  # numbers that a sum of rows may hold, so that some of them fit into a CPU's cache
-QUERIES_FROM = 256  # of an attention; fewer are computed in no time, and calls take longer
-SCORES_OF = 2**21  # scores at a time; more would leave the cache
-QUERIES_OF = 512  # at a time, however many keys there are; with fewer, these are brought into order too often
+QUERIES_FROM = 256  # of an attention
+PRODUCTS_FROM = 5 * 2**20  # multiplications for the scores of an image; with less, the calls take longer than is saved
+SCORES_OF = 2**21  # scores at a time, so that they fit into a CPU's cache
+QUERIES_OF = 512  # at a time, however many keys there are, since oneDNN orders the keys anew for each block
+
+PYTORCHS_OWN = nn.Conv2d._conv_forward
+GLOBAL_HOOKS = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
 
 
 class Conv3x3(nn.Conv2d):
@@ -51,19 +61,14 @@ class Conv3x3(nn.Conv2d):
         weight = self.weight.detach()  # which another thread may order and empty meanwhile (sampling/packed.py)
         twice = tuple(size) == (2 * x.shape[-2], 2 * x.shape[-1])
         many = size[0] * size[1] >= 2 * self.out_channels  # pixels of the large map, else the filters take too long
-        if twice and many and weight.numel() and self.is_large(x, size) and not self._is_watched():
+        if twice and many and weight.numel() and self.is_large(x, size) and not is_watched(self):
             return convolve_repeated(x, weight, self.bias)
         return self(F.interpolate(x, size=tuple(size), mode="nearest"))
 
-    def _is_watched(self) -> bool:
-        """By hooks, or another program has put its own function in the place of this one."""
-        replaced = {"forward", "_conv_forward"} & vars(self).keys()
-        return bool(replaced or self._forward_hooks or self._forward_pre_hooks)
-
     def is_large(self, x: Tensor, size: tuple[int, int]) -> bool:
-        """Whether it is worth it: by the map and not by the batch, so that an image has the same bits in any.
+        """Whether it is worth it: by the map and not by the batch, so that an image has the same bits in any batch.
 
-        That is true of two and more at once, as guidance has them; of one alone, PyTorch's own may have others, too.
+        (An image without guidance is alone in its batch, for which PyTorch's own kernels may give other bits.)
         """
         return (
             _is_inference()
@@ -75,14 +80,30 @@ class Conv3x3(nn.Conv2d):
             and x.ndim == 4
             and x.is_contiguous(memory_format=torch.channels_last)
             and self.padding_mode == "zeros"  # programs that make images for tiling put another one in its place
+            and nn.Conv2d._conv_forward is PYTORCHS_OWN  # or another function, for all convolutions
         )
 
 
+def is_watched(layer: nn.Module) -> bool:
+    """By hooks, or another program has put its own function, or a compiled one, in the place of this one."""
+    replaced = {"forward", "_conv_forward"} & vars(layer).keys()
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, *GLOBAL_HOOKS
+    return bool(replaced or layer._compiled_call_impl is not None or any(hooks))
+
+
+def upsampled(x: Tensor, size: tuple[int, int], conv: nn.Module) -> Tensor:
+    """x with its pixels repeated up to `size`, and convolved: (N, C_in, h, w) → (N, C_out, *size)."""
+    if isinstance(conv, Conv3x3):
+        return conv.of_repeated(x, size)
+    return conv(F.interpolate(x, size=tuple(size), mode="nearest"))  # another program's layer
+
+
 def _is_inference() -> bool:
-    """Neither compiled nor with gradients, nor under autocast, nor within torch.func or forward-mode differentiation,
-    which do not know all of the operators used here."""
+    """Neither compiled or traced, nor with gradients, nor under autocast, nor within torch.func or forward-mode
+    differentiation, which do not know all of the operators used here."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.maybe_current_level() is None
@@ -197,21 +218,35 @@ def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's `scaled_dot_product_attention`: q (N, heads, n, d), k and v (N, heads, L, d) → like q."""
-    if is_faster_in_blocks(q, k):
+    if is_faster_in_blocks(q, k, v):
         return attend_in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def is_faster_in_blocks(q: Tensor, k: Tensor) -> bool:
-    """On a CPU that has bfloat16, but no AMX, for which PyTorch's kernel is another one."""
+def is_faster_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Much work in bfloat16 on a CPU that has instructions for it, by one image and not by the batch."""
     return (
         _is_inference()
         and q.device.type == "cpu"
-        and q.dtype == k.dtype == torch.bfloat16
-        and q.shape[-2] >= QUERIES_FROM
-        and k.shape[-2] > 0
-        and torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
+        and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and q.ndim == k.ndim == 4
+        and k.shape == v.shape
+        and (q.shape[:2], q.shape[3]) == (k.shape[:2], k.shape[3])
+        and q.shape[2] >= QUERIES_FROM
+        and math.prod(q.shape[1:]) * k.shape[2] >= PRODUCTS_FROM
+        and _multiplies_bfloat16()
+    )
+
+
+def _multiplies_bfloat16() -> bool:
+    """By AVX-512 and oneDNN. With AMX, PyTorch's fused kernel is another one."""
+    cpu, onednn = torch.cpu, torch.backends.mkldnn
+    return (
+        cpu._is_avx512_bf16_supported()
+        and not cpu._is_amx_tile_supported()
+        and onednn.is_available()
+        and onednn.enabled
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import Conv3x3, dot_product_attention
+from layers import Conv3x3, dot_product_attention, is_watched, upsampled
 
 # PyTorch's own switch, which it looks at before its first tensor: on Linux, large tensors lie in pages of 2 MB instead
 # of 4 KB, and a feature map of 512×512 no longer costs thousands of page faults. Programs that made a tensor before
@@ -33,9 +33,15 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _silu(x: Tensor) -> Tensor:
-    """In place, but for gradients: of a map of 512×512, what is new costs more than what is computed."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def _is_ours(layer: nn.Module) -> bool:
+    """Whether what it gives may be overwritten: of a map of 512×512, what is new costs more than what is computed."""
+    known = type(layer) in (nn.GroupNorm, Conv3x3) and not is_watched(layer)
+    return known and not torch.is_grad_enabled()
+
+
+def _silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of the normed x, like x."""
+    return F.silu(norm(x), inplace=_is_ours(norm))
 
 
 class ResnetBlock(nn.Module):
@@ -51,9 +57,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(_silu(self.norm1(x)))
-        h = self.conv2(_silu(self.norm2(h)))
-        return h.add_(self.conv_shortcut(x))
+        h = self.conv1(_silu(self.norm1, x))
+        h = self.conv2(_silu(self.norm2, h))
+        x = self.conv_shortcut(x)
+        return h.add_(x) if _is_ours(self.conv2) and h.dtype == x.dtype else x + h
 
 
 class SelfAttention(nn.Module):
@@ -106,7 +113,7 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv.of_repeated(x, (2 * x.shape[-2], 2 * x.shape[-1]))
+        return upsampled(x, (2 * x.shape[-2], 2 * x.shape[-1]), self.conv)
 
 
 class Level(nn.Module):
@@ -181,7 +188,7 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)  # half the size at every level but the last
         x = self.mid_block(x)  # (N, C, h, w)
-        return self.conv_out(_silu(self.conv_norm_out(x)))  # (N, 8, h, w)
+        return self.conv_out(_silu(self.conv_norm_out, x))  # (N, 8, h, w)
 
 
 class Decoder(nn.Module):
@@ -205,7 +212,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))  # (N, C, h, w)
         for level in self.up_blocks:
             x = level(x)  # twice the size at every level but the last
-        return self.conv_out(_silu(self.conv_norm_out(x)))  # (N, 3, H, W)
+        return self.conv_out(_silu(self.conv_norm_out, x))  # (N, 3, H, W)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

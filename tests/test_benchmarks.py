@@ -549,6 +549,7 @@ def test_attention_in_blocks_is_the_last_trick_and_only_in_bfloat16(
     row: str, tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layers.QUERIES_FROM", 1)
+    monkeypatch.setattr("layers.PRODUCTS_FROM", 1)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     in_blocks, attend = [], layers.attend_in_blocks

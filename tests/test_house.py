@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 SCRIPTS = {path.stem for path in ROOT.glob("train_*.py")} | {"evaluate_stable_diffusion", "sample_stable_diffusion"}
 NETWORKS = {"vae_model", "noise_schedule", "diffusion_model", "text_encoder", "guidance", "samplers", "images", "lora"}
-NETWORKS |= {"convolution"}
+NETWORKS |= {"layers"}
 PACKAGES = {"monsters", "published", "training", "evaluation", "benchmarks", "lesson", "sampling"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -15,8 +15,8 @@ import lora
 from diffusion_model import UNet, UNetConfig
 from layers import Conv3x3, attend_in_blocks, convolve, convolve_repeated, filters_of
 from published import unet_dict, vae_dict
-from sampling.packed import pack, unpack
-from vae_model import VAE, VAEConfig
+from sampling.packed import PackedConv3x3, pack, unpack
+from vae_model import VAE, ResnetBlock, VAEConfig
 
 
 def channels_last(*shape: int) -> Tensor:
@@ -67,13 +67,13 @@ def test_repeated_pixels_are_convolved_as_if_they_were_written_out(size) -> None
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_of_repeated_is_that_up_to_its_type_and_an_image_has_the_same_bits_in_any_batch(dtype, atol, calls) -> None:
-    """In bfloat16 the direct one is as far from the exact one."""
+    """In bfloat16 the direct one errs by 0.0009 on average, 0.008 at most."""
     torch.manual_seed(0)
     x, layer = channels_last(4, 64, 17, 16).to(dtype), Conv3x3(64, 32).to(dtype)
     with torch.no_grad():
         y, exact = layer.of_repeated(x, (34, 32)), F.conv2d(twice(x.double()), *layer.double().parameters(), padding=1)
         layer.to(dtype)
-        assert y.dtype == dtype and (y - exact).abs().max() < atol
+        assert y.dtype == dtype and (y - exact).abs().max() < atol and (y - exact).square().mean().sqrt() < atol / 14
         pairs = torch.cat([layer.of_repeated(pair, (34, 32)) for pair in x.split(2)])
     assert torch.equal(pairs, y) and calls == ["repeated"] * 3
 
@@ -91,15 +91,27 @@ def test_repeated_pixels_are_written_out_where_it_does_not_pay(calls) -> None:
     with torch.no_grad():
         same(layer, channels_last(4, 32, 16, 15), (32, 30))
         same(layer, channels_last(1, 32, 17, 17), (34, 33))
+        same(layer, channels_last(1, 32, 17, 17), (33, 34))
         same(Conv3x3(32, 520), channels_last(1, 32, 16, 16), (32, 32))
         hooked = Conv3x3(32, 32)
         seen: list[tuple] = []
         hooked.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
         same(hooked, channels_last(1, 32, 16, 16), (32, 32))
         assert seen == [(1, 32, 32, 32)] * 2
-        other = Conv3x3(32, 32)
-        other._conv_forward = lambda x, weight, bias: torch.zeros(1)
-        same(other, channels_last(1, 32, 16, 16), (32, 32))
+        behind = Conv3x3(32, 32)
+        behind.register_forward_hook(lambda _, inputs, out: seen.append(out.shape))
+        same(behind, channels_last(1, 32, 16, 16), (32, 32))
+        handle = nn.modules.module.register_module_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+        same(layer, channels_last(1, 32, 16, 16), (32, 32))
+        handle.remove()
+        assert seen == [(1, 32, 32, 32)] * 6
+        for name in ("_conv_forward", "forward"):
+            other = Conv3x3(32, 32)
+            setattr(other, name, lambda *_: torch.zeros(1))
+            same(other, channels_last(1, 32, 16, 16), (32, 32))
+        compiled = Conv3x3(32, 32)
+        compiled.compile(backend="eager")
+        same(compiled, channels_last(1, 32, 16, 16), (32, 32))
         layer.of_repeated(channels_last(1, 32, 16, 16), (32, 32))
     assert calls == ["repeated"]
 
@@ -196,12 +208,36 @@ def test_within_torch_func_it_is_pytorchs_own(calls) -> None:
     assert calls == []
 
 
-def test_another_programs_convolution_is_used(calls) -> None:
+def test_another_programs_convolution_is_used(calls, monkeypatch) -> None:
     layer = Conv3x3(32, 32)
     layer._conv_forward = lambda x, weight, bias: torch.zeros(1)
     with torch.no_grad():
         assert layer(channels_last(1, 32, 32, 32)).shape == (1,)
+        plain = nn.Conv2d(32, 32, 3, padding=1)  # in the place of an upsampling's
+        x = channels_last(1, 32, 16, 16)
+        assert torch.equal(layers.upsampled(x, (32, 32), plain), plain(twice(x)))
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: torch.zeros(2))
+        assert Conv3x3(32, 32)(channels_last(1, 32, 32, 32)).shape == (2,)
+        assert layers.upsampled(x, (32, 32), Conv3x3(32, 32)).shape == (2,)
     assert calls == []
+
+
+def test_a_block_of_the_vae_overwrites_nothing_that_others_hold() -> None:
+    """Its input, what hooks keep, and the input of a norm that gives back what it got."""
+    torch.manual_seed(0)
+    block, x = ResnetBlock(32, 32, 8).eval(), channels_last(1, 32, 32, 32)
+    before, held = x.clone(), []
+    with torch.no_grad():
+        expected = block(x)
+        assert torch.equal(x, before)
+        for layer in (block.norm1, block.conv2):
+            layer.register_forward_hook(lambda _, inputs, out: held.append((out, out.clone())))
+        assert torch.equal(block(x), expected) and len(held) == 2
+        block.norm1 = nn.Identity()
+        block(x)
+        assert torch.equal(x, before) and all(torch.equal(*pair) for pair in held)
+    block(x.requires_grad_()).sum().backward()
+    assert all(torch.equal(*pair) for pair in held)
 
 
 def test_low_rank_changes_are_added_and_it_is_a_conv3x3_again_without_them(calls) -> None:
@@ -264,6 +300,8 @@ def test_packing_leaves_large_maps_to_it_and_weights_as_they_were(calls) -> None
         assert len(calls) == 2 * by_it > 0
         held = [layer.packed for layer in (resnets[0].conv1, unet.mid_block.resnets[0].conv1)]
         assert held[0] is None and held[1] is not None and unet.up_blocks[0].upsamplers[0].conv.packed is None
+        large = Conv3x3(32, 32).bfloat16()
+        assert not PackedConv3x3.is_faster_plain(large, channels_last(1, 32, 32, 32).bfloat16())
         assert calls.count("repeated") == 2
         unet(channels_last(2, 4, 16, 16), t, context)  # small maps after large ones
         up, small = unet.up_blocks[0].upsamplers[0].conv, channels_last(2, 32, 16, 16)
@@ -297,7 +335,8 @@ def test_a_sampled_image_is_the_same(monkeypatch) -> None:
 
 @pytest.fixture
 def has_bfloat16(monkeypatch) -> None:
-    """A CPU like those that it was measured on."""
+    """A CPU like those that it was measured on, and networks whose attentions are little work."""
+    monkeypatch.setattr(layers, "PRODUCTS_FROM", 1)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
 
@@ -360,16 +399,24 @@ def test_in_bfloat16_blocks_err_twice_as_much_as_pytorchs_kernel_and_an_image_ha
 
 @pytest.mark.usefixtures("has_bfloat16")
 def test_blocks_are_for_inference_in_bfloat16_on_a_cpu_that_has_it(blocks, monkeypatch) -> None:
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
     q, k, v = heads_of(1, 256, 2, 8, torch.bfloat16)
+    monkeypatch.setattr(layers, "PRODUCTS_FROM", 2 * 256 * 7 * 8)
     with torch.no_grad():
         layers.dot_product_attention(q, k, v)
         assert blocks.pop() == q.shape
-        layers.dot_product_attention(q[:, :, 1:], k, v)  # fewer queries
+        layers.dot_product_attention(*(x.repeat(2, 1, 1, 1)[:, :, :, :7] for x in (q, k, v)))  # less work, by one image
+        layers.dot_product_attention(q[:, :, 1:], *(x.repeat(1, 1, 2, 1) for x in (k, v)))  # fewer queries
         layers.dot_product_attention(q.float(), k.float(), v.float())
         layers.dot_product_attention(q, k[:, :, :0], v[:, :, :0])
         layers.dot_product_attention(q.to("meta"), k.to("meta"), v.to("meta"))
         torch.func.vmap(layers.dot_product_attention)(q, k, v)
         with torch.autocast("cpu", torch.bfloat16):
+            layers.dot_product_attention(q, k, v)
+        with torch.backends.mkldnn.flags(enabled=False):
+            layers.dot_product_attention(q, k, v)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
             layers.dot_product_attention(q, k, v)
         with monkeypatch.context() as patch:
             patch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
@@ -379,6 +426,41 @@ def test_blocks_are_for_inference_in_bfloat16_on_a_cpu_that_has_it(blocks, monke
             layers.dot_product_attention(q, k, v)
     layers.dot_product_attention(q, k, v)  # with gradients
     assert blocks == []
+
+
+@pytest.mark.usefixtures("has_bfloat16")
+def test_what_pytorchs_attention_takes_and_blocks_do_not_is_left_to_it(blocks) -> None:
+    """Other widths of values, what is broadcast, other dimensions, other dtypes."""
+    q, k, v = heads_of(2, 256, 2, 8, torch.bfloat16)
+    with torch.no_grad():
+        for inputs in (
+            (q, k, torch.cat([v, v], 3)),
+            (q, k, v[..., :3]),
+            (q, k[:1], v[:1]),
+            (q, k[:, :1], v[:, :1]),
+            (q[:1], k, v),
+            (q[0], k[0], v[0]),
+            (q[0, 0], k[0, 0], v[0, 0]),
+            (q[None], k[None], v[None]),
+        ):
+            out = layers.dot_product_attention(*inputs)
+            torch.testing.assert_close(out, F.scaled_dot_product_attention(*inputs), rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="dtype"):
+            layers.dot_product_attention(q, k, v.float())
+    assert blocks == []
+
+
+@pytest.mark.usefixtures("has_bfloat16")
+def test_a_trace_holds_at_other_sizes(blocks, calls) -> None:
+    torch.manual_seed(0)
+    vae, (q, k, v) = VAE(VAEConfig(block_out_channels=(32, 32, 32, 32))).eval(), heads_of(1, 256, 2, 8, torch.bfloat16)
+    with torch.no_grad():
+        decode = torch.jit.trace(vae.decoder, torch.randn(1, 4, 8, 8), check_trace=False)
+        attend = torch.jit.trace(layers.dot_product_attention, (q, k, v), check_trace=False)
+        assert calls == blocks == []
+        z, longer = torch.randn(1, 4, 10, 12), torch.cat([q, q], 2)
+        torch.testing.assert_close(decode(z), vae.decoder(z), rtol=0, atol=1e-4)
+        torch.testing.assert_close(attend(longer, k, v), layers.dot_product_attention(longer, k, v), rtol=0, atol=5e-2)
 
 
 @pytest.mark.usefixtures("has_bfloat16")
