@@ -240,14 +240,15 @@ def is_faster_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _multiplies_bfloat16() -> bool:
     """By AVX-512 and oneDNN. With AMX, PyTorch's fused kernel is another one."""
-    cpu, onednn = torch.cpu, torch.backends.mkldnn
-    return (
-        cpu._is_avx512_bf16_supported()
-        and not cpu._is_amx_tile_supported()
-        and onednn.is_available()
-        and onednn.enabled
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    has_instructions = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return has_instructions and torch.bfloat16 in dtypes_of_onednn()
+
+
+def dtypes_of_onednn() -> set[torch.dtype]:
+    """For which the CPU has kernels; none where oneDNN is missing or switched off."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return set()
+    return {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

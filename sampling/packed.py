@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_model import UNet
-from layers import Conv3x3
+from layers import Conv3x3, dtypes_of_onednn
 from lora import PLAIN, LoRAConv2d, LoRAConv3x3, LoRALinear
 
 FROM_CALLS = 8  # for fewer, ordering takes longer than it saves
@@ -163,7 +163,7 @@ def pack(unet: UNet) -> None:
         or torch._C._len_torch_dispatch_stack()  # somebody counts or changes what is computed
     ):
         return
-    users, dtypes = Counter(layer.weight.data_ptr() for layer in layers), _dtypes_of_onednn()
+    users, dtypes = Counter(layer.weight.data_ptr() for layer in layers), dtypes_of_onednn()
     for layer in layers:
         weight, merged = layer.weight, bool(getattr(layer, "unmerged", ()))  # its changes are in its weight
         if (
@@ -193,12 +193,6 @@ def _pads_with_zeros(layer: nn.Conv2d) -> bool:
 
 def _is_worth_it(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 or weight.numel() >= LINEAR_FROM
-
-
-def _dtypes_of_onednn() -> set[torch.dtype]:
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return set()
-    return {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
 
 def unpack(unet: nn.Module) -> None:

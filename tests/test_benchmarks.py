@@ -552,6 +552,7 @@ def test_attention_in_blocks_is_the_last_trick_and_only_in_bfloat16(
     monkeypatch.setattr("layers.PRODUCTS_FROM", 1)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
     in_blocks, attend = [], layers.attend_in_blocks
     monkeypatch.setattr("layers.attend_in_blocks", lambda *args: in_blocks.append(1) or attend(*args))
     case = contestants.Case(row, "tiny", "bfloat16")

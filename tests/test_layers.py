@@ -116,6 +116,21 @@ def test_repeated_pixels_are_written_out_where_it_does_not_pay(calls) -> None:
     assert calls == ["repeated"]
 
 
+def test_a_weight_that_another_thread_empties_meanwhile_is_computed_with_as_it_was(monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer, x = Conv3x3(32, 32), channels_last(1, 32, 16, 16)
+    with torch.no_grad():
+        expected, is_large = layer.of_repeated(x, (32, 32)), Conv3x3.is_large
+
+        def emptied_meanwhile(self: Conv3x3, *args) -> bool:
+            answer = is_large(self, *args)
+            self.weight.data = self.weight.new_empty(0)
+            return answer
+
+        monkeypatch.setattr(Conv3x3, "is_large", emptied_meanwhile)
+        assert torch.equal(layer.of_repeated(x, (32, 32)), expected) and layer.weight.numel() == 0
+
+
 def test_in_float32_it_is_exact_to_a_hundred_thousandth_and_an_image_has_the_same_bits_in_any_batch(calls) -> None:
     torch.manual_seed(0)
     x, layer = channels_last(4, 128, 33, 35), Conv3x3(128, 96)
@@ -339,6 +354,7 @@ def has_bfloat16(monkeypatch) -> None:
     monkeypatch.setattr(layers, "PRODUCTS_FROM", 1)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
 
 
 @pytest.fixture
@@ -399,7 +415,6 @@ def test_in_bfloat16_blocks_err_twice_as_much_as_pytorchs_kernel_and_an_image_ha
 
 @pytest.mark.usefixtures("has_bfloat16")
 def test_blocks_are_for_inference_in_bfloat16_on_a_cpu_that_has_it(blocks, monkeypatch) -> None:
-    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
     q, k, v = heads_of(1, 256, 2, 8, torch.bfloat16)
     monkeypatch.setattr(layers, "PRODUCTS_FROM", 2 * 256 * 7 * 8)
     with torch.no_grad():

@@ -31,7 +31,7 @@ def _from_the_first_step(monkeypatch):
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def model(request) -> StableDiffusion:
     """In float32 its linear layers are too small to be packed, in bfloat16 all of them are."""
-    if request.param not in sampling.packed._dtypes_of_onednn():
+    if request.param not in sampling.packed.dtypes_of_onednn():
         pytest.skip("this CPU has no kernels for bfloat16")
     torch.manual_seed(0)
     return tiny_model().to("cpu", request.param)
@@ -48,7 +48,7 @@ def state(unet: nn.Module) -> dict[str, tuple]:
 
 def test_an_image_is_the_same_bit_for_bit_without(model, monkeypatch):
     with_it = image(model)
-    monkeypatch.setattr("sampling.packed._dtypes_of_onednn", set)
+    monkeypatch.setattr("sampling.packed.dtypes_of_onednn", set)
     assert with_it == image(model)
 
 
@@ -178,7 +178,7 @@ def test_layers_with_low_rank_changes_compute_as_ever(model, monkeypatch):
     with packed(model.unet, 9):
         assert type(model.unet.get_submodule(name)) is LoRAConv3x3
     changed = image(model)
-    monkeypatch.setattr("sampling.packed._dtypes_of_onednn", set)
+    monkeypatch.setattr("sampling.packed.dtypes_of_onednn", set)
     assert changed == image(model) != plain
 
 
@@ -282,7 +282,7 @@ def test_layers_that_compute_otherwise_are_left_alone(model, monkeypatch):
             layer.padding_mode = "zeros"
     tiled = image(model)
     with monkeypatch.context() as without:
-        without.setattr("sampling.packed._dtypes_of_onednn", set)
+        without.setattr("sampling.packed.dtypes_of_onednn", set)
         assert image(model) == tiled != plain
     one.forward = lambda x: nn.Conv2d.forward(one, x)
     other = next(layer for layer in reversed(list(model.unet.modules())) if isinstance(layer, nn.Conv2d))
